@@ -1,0 +1,44 @@
+# make setup   create .venv from the pinned lock
+# make demo    real text to a trained GPT-2 and its report, in minutes on two cores
+# make test    linters and all tests of the short kind; make test-long adds those that take minutes
+SHELL := /bin/sh
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help setup demo check format generate test test-long clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+setup:
+	@sh envs/setup.sh
+
+demo: setup
+	@python -m snakegpt.demo
+
+# What a tool can decide: style, types, Snakemake's advice, and that generated files are up to date.
+check: setup
+	ruff check .
+	ruff format --check .
+	mypy
+	snakefmt --check --compact-diff Snakefile rules
+	snakemake --lint
+	python -m snakegpt.reference --check
+
+format: setup
+	ruff check --fix .
+	ruff format .
+	snakefmt Snakefile rules
+
+# The JSON schema and the settings reference, from workflow/snakegpt/settings.py.
+generate: setup
+	python -m snakegpt.reference
+
+test: check
+	pytest -m "not long"
+
+test-long: check
+	pytest
+
+clean:
+	rm -rf results logs .snakemake

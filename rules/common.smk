@@ -1,0 +1,121 @@
+# What the rules share: the checked settings and functions that ask the pipeline. No rules here.
+import json
+import os
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+from snakegpt.errors import UserError, nearest
+from snakegpt.identity import code_of, digest
+from snakegpt.locks import read as read_locks
+from snakegpt.pipeline import TARGETS, Pipeline
+from snakegpt.settings import load as load_settings
+
+
+def user_error_as_workflow_error(function, *arguments):
+    """Snakemake prints its own errors without a traceback; ours are for people too."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def make_pipeline():
+    settings = load_settings(config, workflow.configfiles)
+    return Pipeline(settings, read_locks("corpora.lock.json"))
+
+
+# Jobs call the Python that runs Snakemake, also when its environment is not activated.
+os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
+
+PIPELINE = user_error_as_workflow_error(make_pipeline)
+SETTINGS = PIPELINE.settings
+
+
+def one_of(names):
+    return "|".join(names) or "none_defined"
+
+
+wildcard_constraints:
+    corpus=one_of(SETTINGS.corpora),
+    tokenizer=one_of(SETTINGS.tokenizers),
+    experiment=one_of(SETTINGS.experiments),
+    part=r"\d{6}",
+
+
+def request_of(stage, wildcards):
+    return user_error_as_workflow_error(
+        PIPELINE.request, stage, dict(wildcards.items())
+    )
+
+
+def inputs_of(stage):
+    """Named input files of a stage. What is no part of the key is `ancient`: a newer one reruns nothing."""
+
+    def inputs(wildcards):
+        request = request_of(stage, wildcards)
+        waited_for = {
+            role: [ancient(path) for path in paths]
+            for role, paths in request.unhashed.items()
+        }
+        return {**request.inputs, **waited_for}
+
+    return inputs
+
+
+def settings_of(stage):
+    """Science settings of a stage as JSON: a change is a rerun."""
+    return lambda wildcards: json.dumps(request_of(stage, wildcards).settings)
+
+
+def code_of_stage(stage):
+    """Digest of a stage's science code: a change is a rerun."""
+    return digest(code_of(stage))
+
+
+def arguments_of(stage):
+    """The runner's arguments, for `{params.arguments:q}`.
+
+    Execution settings come in here. Snakemake does not compare a parameter whose function asks for
+    `threads`, so changing them reruns nothing (tests/test_workflow.py holds it to that).
+    """
+
+    def arguments(wildcards, threads):
+        request = request_of(stage, wildcards)
+        execution = {**request.execution, "threads": threads}
+        words = [stage, request.name, "--output", request.folder]
+        words += ["--store", SETTINGS.store]
+        words += ["--settings", json.dumps(request.settings)]
+        words += ["--execution", json.dumps(execution)]
+        for role, paths in request.inputs.items():
+            words += ["--input", role, *paths]
+        for role, paths in request.unhashed.items():
+            words += ["--unhashed", role, *paths]
+        return words
+
+    return arguments
+
+
+# Ranks beyond eight on one CPU only divide small batches further (see distributed.resolve_ranks).
+TRAINING_THREADS = 8
+
+# A stage that uses GPUs uses all of a machine's; the profile's limit of one lets one run at a time.
+GPU = 1
+
+
+def before_training(wildcards):
+    """What training waits for: the plan, so that it is read before anything is spent, and the network."""
+    return {
+        "plan": ancient(f"results/plans/{wildcards.experiment}/plan.json"),
+        "network": ancient(f"results/networks/{wildcards.experiment}/network.json"),
+    }
+
+
+def refuse_unknown_targets():
+    """Name the nearest target before Snakemake says that it misses a rule. Called last."""
+    rules_by_name = [rule.name for rule in workflow.rules]
+    for target in workflow.dag_settings.targets:
+        if "/" not in target and "." not in target and target not in rules_by_name:
+            raise UserError(
+                f"unknown target '{target}'.{nearest(target, rules_by_name)}"
+            )

@@ -1,0 +1,107 @@
+# Text to tokens: pinned downloads, tokenizers, shards of ids and their manifest.
+
+
+rule lock_corpora:
+    log:
+        "logs/lock_corpora/all.log",
+    localrule: True
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    params:
+        configfiles=workflow.configfiles,
+    shell:
+        "python -m snakegpt.stages.lock_corpora --configfile {params.configfiles:q}"
+        " 2>&1 | tee {log:q}"
+
+
+rule fetch_corpus:
+    output:
+        corpus="results/corpora/{corpus}/corpus.json",
+    log:
+        "logs/fetch_corpus/{corpus}.log",
+    benchmark:
+        "logs/fetch_corpus/{corpus}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=240,
+    params:
+        settings=settings_of("fetch_corpus"),
+        code=code_of_stage("fetch_corpus"),
+        arguments=arguments_of("fetch_corpus"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+
+
+rule build_tokenizer:
+    input:
+        unpack(inputs_of("build_tokenizer")),
+    output:
+        tokenizer="results/tokenizers/{tokenizer}/tokenizer.json",
+    log:
+        "logs/build_tokenizer/{tokenizer}.log",
+    benchmark:
+        "logs/build_tokenizer/{tokenizer}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    params:
+        settings=settings_of("build_tokenizer"),
+        code=code_of_stage("build_tokenizer"),
+        arguments=arguments_of("build_tokenizer"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+
+
+rule encode_tokens:
+    input:
+        unpack(inputs_of("encode_tokens")),
+    output:
+        train="results/tokens/{corpus}-{tokenizer}/train_{part}.bin",
+        val="results/tokens/{corpus}-{tokenizer}/val_{part}.bin",
+        part="results/tokens/{corpus}-{tokenizer}/part_{part}.json",
+    log:
+        "logs/encode_tokens/{corpus}-{tokenizer}/{part}.log",
+    benchmark:
+        "logs/encode_tokens/{corpus}-{tokenizer}/{part}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=120,
+    params:
+        settings=settings_of("encode_tokens"),
+        code=code_of_stage("encode_tokens"),
+        arguments=arguments_of("encode_tokens"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+
+
+rule index_tokens:
+    input:
+        unpack(inputs_of("index_tokens")),
+    output:
+        manifest="results/tokens/{corpus}-{tokenizer}/manifest.json",
+    log:
+        "logs/index_tokens/{corpus}-{tokenizer}.log",
+    benchmark:
+        "logs/index_tokens/{corpus}-{tokenizer}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=10,
+    params:
+        settings=settings_of("index_tokens"),
+        code=code_of_stage("index_tokens"),
+        arguments=arguments_of("index_tokens"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --log {log:q}"

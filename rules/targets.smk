@@ -1,0 +1,26 @@
+# Names people type. For each experiment: plan_, train_, evaluate_, sample_ and report_<name>.
+
+
+rule all:
+    default_target: True
+    localrule: True
+    input:
+        expand(
+            "results/reports/{experiment}/report.html",
+            experiment=SETTINGS.default_experiments,
+        ),
+        "results/reports/index.html",
+
+
+for target, result in TARGETS.items():
+    for experiment in SETTINGS.experiments:
+
+        rule:
+            name:
+                f"{target}_{experiment}"
+            localrule: True
+            input:
+                result.format(experiment=experiment),
+
+
+user_error_as_workflow_error(refuse_unknown_targets)

@@ -1,0 +1,186 @@
+"""The settings tree: closed, explained, resolved by scale; science and execution told apart."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+from snakegpt import settings
+from snakegpt.errors import UserError
+from snakegpt.settings import load, load_files, science
+
+ROOT = Path(__file__).parent.parent
+CONFIG = yaml.safe_load((ROOT / "config.yaml").read_text(encoding="utf-8"))
+
+
+def changed(path: str, value: object) -> dict:
+    config = copy.deepcopy(CONFIG)
+    *parents, last = path.split(".")
+    block = config
+    for parent in parents:
+        block = block.setdefault(parent, {})
+    block[last] = value
+    return config
+
+
+def test_the_shipped_configuration_is_valid_at_both_scales():
+    laptop = load(CONFIG)
+    full = load(CONFIG | {"scale": "full"})
+    assert laptop.experiments["gpt2"].corpus == "shakespeare"
+    assert full.experiments["gpt2"].corpus == "fineweb_edu_10b"
+    model = full.experiments["gpt2"].model
+    assert (model.layers, model.heads, model.channels, model.context) == (12, 12, 768, 1024)
+    assert full.experiments["gpt2"].training.batch_tokens == 2**19
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("scael", "full", ["unknown setting scael", "Nearest valid name: scale"]),
+        ("scale", "lapttop", ["scale = 'lapttop'", "Nearest valid name: laptop"]),
+        (
+            "experiments.gpt2.training.lerning_rate",
+            1e-3,
+            [
+                "unknown setting experiments.gpt2.training.lerning_rate",
+                "Nearest valid name: learning_rate",
+            ],
+        ),
+        (
+            "experiments.gpt2.full.training.warmup",
+            1,
+            ["unknown setting experiments.gpt2.full.training.warmup", "warmup_steps"],
+        ),
+        ("experiments.gpt2.model.layers", "four", ["model.layers = 'four'", "valid integer"]),
+        ("experiments.gpt2.model.dropout", 1.5, ["dropout = 1.5", "less than 1"]),
+        ("execution.device", "gpu", ["execution.device = 'gpu'", "cpu"]),
+        (
+            "corpora.shakespeare.source.kind",
+            "htp",
+            ["source.kind = 'htp'", "Nearest valid name: http"],
+        ),
+        (
+            "corpora.shakespeare.source.membres",
+            [],
+            ["unknown setting", "Nearest valid name: members"],
+        ),
+        (
+            "tokenizers.gpt2.kind",
+            "gtp2",
+            ["tokenizers.gpt2.kind = 'gtp2'", "Nearest valid name: gpt2"],
+        ),
+        (
+            "tokenizers.shakespeare_char.corpus",
+            "shakespear",
+            ["shakespeare_char.corpus", "shakespeare"],
+        ),
+        ("default_experiments", ["gpt3"], ["'gpt3'", "Nearest valid name: gpt2"]),
+        ("experiments.gpt2.laptop.corpus", "tiny", ["gpt2.corpus = 'tiny' is not defined"]),
+        ("experiments.gpt2.laptop.tokenizer", "gpt3", ["gpt2.tokenizer = 'gpt3'", "gpt2"]),
+        ("experiments.gpt2.laptop.model.heads", 3, ["channels = 128", "heads = 3", "126 and 129"]),
+        (
+            "experiments.gpt2.laptop.training.batch_tokens",
+            1000,
+            ["batch_tokens = 1,000", "context = 128", "896 and 1,024"],
+        ),
+        ("experiments.gpt2.laptop.training.warmup_steps", 5000, ["warmup_steps = 5,000", "beyond"]),
+        (
+            "experiments.gpt2.laptop.training.min_learning_rate",
+            1.0,
+            ["min_learning_rate = 1 is above"],
+        ),
+        ("experiments.My Model", {}, ["My Model", "pattern"]),
+    ],
+)
+def test_a_mistake_is_explained(path, value, words):
+    with pytest.raises(UserError) as caught:
+        load(changed(path, value))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_missing_block_is_named():
+    config = {key: value for key, value in CONFIG.items() if key != "tokenizers"}
+    with pytest.raises(UserError, match="setting tokenizers is missing"):
+        load(config)
+
+
+def test_an_error_says_file_and_line(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("execution:\n  # how loudly\n  log_interval_s: -1\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"mine\.yaml, line 3"):
+        load_files([ROOT / "config.yaml", file])
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("experiments: {gpt2: {laptop: {training: {steps: 7, warmup_steps: 1}}}}\n")
+    loaded = load_files([ROOT / "config.yaml", file])
+    assert loaded.experiments["gpt2"].training.steps == 7
+    assert loaded.experiments["gpt2"].model.layers == 4  # the rest of the block stays
+    assert (
+        load_files([ROOT / "config.yaml", file], {"scale": "full"})
+        .experiments["gpt2"]
+        .training.steps
+        != 7
+    )
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    # YAML 1.1 reads 1e-3 without a dot as a string; nested `--config` values arrive as strings too.
+    config = changed("experiments.gpt2.laptop.training.learning_rate", "1e-2")
+    assert load(config).experiments["gpt2"].training.learning_rate == 0.01
+
+
+@pytest.mark.parametrize("text", ["a: [1", "a: b: c"])
+def test_broken_yaml_is_a_clear_error(tmp_path, text):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_files([file])
+
+
+def test_a_missing_file_is_a_clear_error(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        load_files([tmp_path / "nowhere.yaml"])
+
+
+def test_unknown_names_are_explained():
+    loaded = load(CONFIG)
+    for look_up, noun in ((loaded.experiment, "experiment"), (loaded.corpus, "corpus")):
+        with pytest.raises(UserError, match=f"unknown {noun} 'gpt'"):
+            look_up("gpt")
+
+
+def test_science_leaves_out_labels_and_keeps_everything_else():
+    corpus = load(CONFIG).corpora["shakespeare"]
+    assert set(science(corpus)) == set(type(corpus).model_fields) - {
+        "source",
+        "description",
+        "license",
+    }
+    training = load(CONFIG).experiments["gpt2"].training
+    assert science(training) == training.model_dump()
+
+
+def test_every_setting_is_described():
+    for block in vars(settings).values():
+        if (
+            isinstance(block, type)
+            and issubclass(block, settings.Closed)
+            and block is not settings.Closed
+        ):
+            assert block.__doc__, block
+            for name, field in block.model_fields.items():
+                described = (
+                    field.description
+                    or name == "kind"
+                    or "BaseModel" in str(getattr(field.annotation, "__mro__", ""))
+                )
+                assert described, f"{block.__name__}.{name}"
+
+
+def test_every_execution_default_stands_in_the_shipped_configuration():
+    assert CONFIG["execution"] == settings.Execution().model_dump()

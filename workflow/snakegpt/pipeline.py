@@ -1,0 +1,358 @@
+"""What each stage of the pipeline reads, writes and depends on, for given settings.
+
+The rules, `why` and the reports all ask here, so that Snakemake's view of the pipeline and the
+store's are one. Every path is relative to the working directory.
+
+    corpora -> tokenizers -> tokens -> models -> evaluations, samples -> reports
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snakegpt.errors import UserError, nearest
+from snakegpt.locks import Entry, is_current
+from snakegpt.settings import CharTokenizer, Corpus, Experiment, Settings, science
+
+# Stage -> the files each run of it is asked for; a rule's `output:` says the same (a test holds them equal).
+OUTPUTS = {
+    "fetch_corpus": ["results/corpora/{corpus}/corpus.json"],
+    "build_tokenizer": ["results/tokenizers/{tokenizer}/tokenizer.json"],
+    "encode_tokens": [
+        "results/tokens/{corpus}-{tokenizer}/train_{part}.bin",
+        "results/tokens/{corpus}-{tokenizer}/val_{part}.bin",
+        "results/tokens/{corpus}-{tokenizer}/part_{part}.json",
+    ],
+    "index_tokens": ["results/tokens/{corpus}-{tokenizer}/manifest.json"],
+    "bench_network": ["results/networks/{experiment}/network.json"],
+    "plan_training": ["results/plans/{experiment}/plan.json"],
+    "train_model": [
+        "results/models/{experiment}/weights.safetensors",
+        "results/models/{experiment}/best.safetensors",
+        "results/models/{experiment}/config.json",
+        "results/models/{experiment}/metrics.jsonl",
+    ],
+    "evaluate_model": ["results/evaluations/{experiment}/evaluation.json"],
+    "sample_text": ["results/samples/{experiment}/samples.jsonl"],
+    "build_report": [
+        "results/reports/{experiment}/report.html",
+        "results/reports/{experiment}/summary.json",
+    ],
+    "build_index": ["results/reports/index.html"],
+}
+
+# Target prefix -> the result it stands for: `snakemake train_gpt2`.
+TARGETS = {
+    "plan": "results/plans/{experiment}/plan.json",
+    "train": "results/models/{experiment}/weights.safetensors",
+    "evaluate": "results/evaluations/{experiment}/evaluation.json",
+    "sample": "results/samples/{experiment}/samples.jsonl",
+    "report": "results/reports/{experiment}/report.html",
+}
+
+UNLOCKED_PART = "000000"  # stands in the plan for the parts of a corpus that is not locked yet
+
+
+@dataclass(frozen=True)
+class Request:
+    """One stage run as the settings ask for it.
+
+    settings   science settings, part of the key
+    inputs     role -> files that are part of the key by content
+    unhashed   role -> files the stage gets or waits for that are not
+    execution  execution settings, part of no key
+    """
+
+    stage: str
+    wildcards: Mapping[str, str]
+    settings: dict[str, Any]
+    inputs: dict[str, list[str]] = field(default_factory=dict)
+    unhashed: dict[str, list[str]] = field(default_factory=dict)
+    execution: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What people call this run: `gpt2`, `shakespeare-gpt2/000000`."""
+        tokens = "-".join(self.wildcards[w] for w in ("corpus", "tokenizer") if w in self.wildcards)
+        rest = [self.wildcards[w] for w in ("experiment", "part") if w in self.wildcards]
+        return "/".join([tokens, *rest] if tokens else rest) or "all"
+
+    @property
+    def outputs(self) -> list[str]:
+        """The files Snakemake asks for; the action may publish more beside them."""
+        return [pattern.format(**self.wildcards) for pattern in OUTPUTS[self.stage]]
+
+    @property
+    def folder(self) -> str:
+        return os.path.dirname(self.outputs[0])
+
+
+class Pipeline:
+    """The requests of all stages under some settings and corpus locks."""
+
+    def __init__(self, settings: Settings, locks: Mapping[str, Entry]) -> None:
+        self.settings = settings
+        self.locks = locks
+
+    def request(self, stage: str, wildcards: Mapping[str, str]) -> Request:
+        """The run of a stage for some wildcards.
+
+        raises   UserError for a name the settings do not know
+        """
+        build = getattr(self, f"_{stage}", None)
+        if build is None:
+            raise UserError(f"unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
+        request: Request = build(**wildcards)
+        return request
+
+    # ---- corpora and tokens ----
+
+    def lock(self, corpus: str) -> Entry | None:
+        """The pins of a corpus, or None if it is not locked or was locked from another source."""
+        source = self.settings.corpus(corpus).source.model_dump()
+        locked = self.locks.get(corpus)
+        return locked if locked and is_current(locked, source) else None
+
+    def parts(self, corpus: str) -> dict[str, list[dict[str, Any]]]:
+        """Part id -> locked files, filled in lock order up to part_bytes; known before any download."""
+        locked = self.lock(corpus)
+        if locked is None:
+            return {UNLOCKED_PART: []}
+        limit = self.settings.corpus(corpus).part_bytes
+        parts: list[list[dict[str, Any]]] = [[]]
+        for file in locked.files:
+            if parts[-1] and sum(f["bytes"] for f in parts[-1]) + file.bytes > limit:
+                parts.append([])
+            parts[-1].append(asdict(file))
+        return {f"{index:06d}": files for index, files in enumerate(parts)}
+
+    def _fetch_corpus(self, corpus: str) -> Request:
+        locked = self.lock(corpus)
+        return Request(
+            "fetch_corpus",
+            {"corpus": corpus},
+            settings={"files": [asdict(f) for f in locked.files] if locked else None},
+            execution={
+                "corpus": corpus,
+                "source": self.settings.corpus(corpus).source.model_dump(),
+                "archive": asdict(locked.archive) if locked and locked.archive else None,
+                "revision": locked.revision if locked else None,
+                "lock_file": "corpora.lock.json",
+                "download_workers": self.settings.execution.download_workers,
+            },
+        )
+
+    def _build_tokenizer(self, tokenizer: str) -> Request:
+        chosen = self.settings.tokenizer(tokenizer)
+        wildcards = {"tokenizer": tokenizer}
+        if isinstance(chosen, CharTokenizer):
+            text = _text_settings(self.settings.corpus(chosen.corpus))
+            return Request(
+                "build_tokenizer",
+                wildcards,
+                settings={"kind": "char", "text": text},
+                inputs={"corpus": [_output("fetch_corpus", corpus=chosen.corpus)]},
+            )
+        return Request("build_tokenizer", wildcards, settings={"kind": chosen.kind})
+
+    def _encode_tokens(self, corpus: str, tokenizer: str, part: str) -> Request:
+        files = self.parts(corpus).get(part)
+        if files is None:
+            raise UserError(f"corpus {corpus} has no part {part}.")
+        chosen = self.settings.corpus(corpus)
+        return Request(
+            "encode_tokens",
+            {"corpus": corpus, "tokenizer": tokenizer, "part": part},
+            # The part's files enter by their locked digests, so that changing one file of a corpus
+            # encodes its part alone; corpus.json only says where they lie.
+            settings={
+                "part": part,
+                "files": files,
+                "text": _text_settings(chosen),
+                "validation": science(chosen.validation),
+            },
+            inputs={"tokenizer": [_output("build_tokenizer", tokenizer=tokenizer)]},
+            unhashed={"corpus": [_output("fetch_corpus", corpus=corpus)]},
+        )
+
+    def _index_tokens(self, corpus: str, tokenizer: str) -> Request:
+        parts = [
+            _output("encode_tokens", 2, corpus=corpus, tokenizer=tokenizer, part=part)
+            for part in self.parts(corpus)
+        ]
+        wildcards = {"corpus": corpus, "tokenizer": tokenizer}
+        return Request("index_tokens", wildcards, settings={}, inputs={"parts": parts})
+
+    # ---- experiments ----
+
+    def _bench_network(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        return self._experiment_request(
+            "bench_network",
+            experiment,
+            # A measurement of this machine, so the machine is what identifies it.
+            settings={"model": science(chosen.model), "machine": machine()},
+            inputs={"tokenizer": [_tokenizer_of(chosen)]},
+        )
+
+    def _plan_training(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        locked = self.lock(chosen.corpus)
+        return self._experiment_request(
+            "plan_training",
+            experiment,
+            settings={
+                "model": science(chosen.model),
+                "training": science(chosen.training),
+                "machine": machine(),
+            },
+            inputs={"tokenizer": [_tokenizer_of(chosen)]},
+            execution={"corpus_bytes": locked.n_bytes if locked else None},
+        )
+
+    def _train_model(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        network = _output("bench_network", experiment=experiment)
+        return self._experiment_request(
+            "train_model",
+            experiment,
+            settings={"model": science(chosen.model), "training": science(chosen.training)},
+            inputs={"tokens": [_tokens_of(chosen)]},
+            execution={"network": network},
+        )
+
+    def _evaluate_model(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        return self._experiment_request(
+            "evaluate_model",
+            experiment,
+            settings={"evaluation": science(chosen.evaluation)},
+            inputs={
+                "weights": [_output("train_model", 0, experiment=experiment)],
+                "best": [_output("train_model", 1, experiment=experiment)],
+                "config": [_output("train_model", 2, experiment=experiment)],
+                "tokens": [_tokens_of(chosen)],
+                "tokenizer": [_tokenizer_of(chosen)],
+            },
+        )
+
+    def _sample_text(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        return self._experiment_request(
+            "sample_text",
+            experiment,
+            settings={"sampling": science(chosen.sampling)},
+            inputs={
+                "weights": [_output("train_model", 1, experiment=experiment)],
+                "config": [_output("train_model", 2, experiment=experiment)],
+                "tokenizer": [_tokenizer_of(chosen)],
+            },
+        )
+
+    def _build_report(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        blocks = ("model", "training", "evaluation", "sampling")
+        described: dict[str, Any] = {
+            "scale": self.settings.scale,
+            "description": chosen.description,
+            "corpus": {
+                "name": chosen.corpus,
+                **self.settings.corpus(chosen.corpus).model_dump(),
+            },
+            "tokenizer": {
+                "name": chosen.tokenizer,
+                **self.settings.tokenizer(chosen.tokenizer).model_dump(),
+            },
+            **{name: getattr(chosen, name).model_dump() for name in blocks},
+        }
+        of = functools.partial(_output, experiment=experiment)
+        return self._experiment_request(
+            "build_report",
+            experiment,
+            settings={"experiment": experiment, "settings": described},
+            inputs={
+                "corpus": [_output("fetch_corpus", corpus=chosen.corpus)],
+                "tokenizer": [_tokenizer_of(chosen)],
+                "tokens": [_tokens_of(chosen)],
+                "plan": [of("plan_training")],
+                "network": [of("bench_network")],
+                "model_config": [of("train_model", 2)],
+                "metrics": [of("train_model", 3)],
+                "evaluation": [of("evaluate_model")],
+                "samples": [of("sample_text")],
+            },
+        )
+
+    def _build_index(self) -> Request:
+        summaries = [
+            _output("build_report", 1, experiment=experiment)
+            for experiment in self.settings.default_experiments
+        ]
+        return Request("build_index", {}, settings={}, inputs={"summaries": summaries})
+
+    def _experiment_request(
+        self,
+        stage: str,
+        experiment: str,
+        settings: dict[str, Any],
+        inputs: dict[str, list[str]],
+        execution: dict[str, Any] | None = None,
+    ) -> Request:
+        chosen = self.settings.experiment(experiment)
+        return Request(
+            stage,
+            {"experiment": experiment},
+            settings,
+            inputs,
+            execution={**chosen.execution.model_dump(), **(execution or {})},
+        )
+
+
+def _output(stage: str, index: int = 0, **wildcards: str) -> str:
+    return OUTPUTS[stage][index].format(**wildcards)
+
+
+def _tokens_of(experiment: Experiment) -> str:
+    return _output("index_tokens", corpus=experiment.corpus, tokenizer=experiment.tokenizer)
+
+
+def _tokenizer_of(experiment: Experiment) -> str:
+    return _output("build_tokenizer", tokenizer=experiment.tokenizer)
+
+
+def _text_settings(corpus: Corpus) -> dict[str, Any]:
+    """The settings that decide which documents a file holds."""
+    names = ("text_column", "document_separator", "encoding_errors")
+    return {name: getattr(corpus, name) for name in names}
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """What a measurement of this machine depends on: host, processor, cores, memory, GPUs."""
+    gpus = Path("/proc/driver/nvidia/gpus")
+    return {
+        "host": socket.gethostname(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
+        "gpus": len(list(gpus.iterdir())) if gpus.is_dir() else 0,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

