@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from snakegpt.errors import UserError, nearest
+from snakegpt.settings import Execution
 
 Block = TypeVar("Block", bound=BaseModel)
 
@@ -95,3 +97,31 @@ def block(model: type[Block], values: Mapping[str, Any] | None, where: str) -> B
             else:
                 lines.append(f"{name}: {problem['msg']} (found {problem['input']!r})")
         raise UserError("\n".join(lines)) from None
+
+
+class How(NamedTuple):
+    """How a stage is to run: its execution settings, and what the runner and the rule add to them.
+
+    label    what its progress lines begin with
+    threads  cores it may use
+    extras   facts of this stage alone, such as a file that it may read
+    """
+
+    settings: Execution
+    label: str
+    threads: int
+    extras: dict[str, Any]
+
+
+def how_to_run(args: argparse.Namespace, stage: str, *extras: str) -> How:
+    """The execution settings of a stage's command line; `extras` names what else it knows."""
+    given = dict(args.execution)
+    label = given.pop("label", stage)
+    threads = min(int(given.pop("threads", usable_threads())), usable_threads())
+    found = {name: given.pop(name, None) for name in extras}
+    return How(block(Execution, given, "execution"), label, max(1, threads), found)
+
+
+def usable_threads() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -124,8 +124,11 @@ def _pin(where: str, value: Any) -> dict[str, Any]:
 def is_inside(path: str) -> bool:
     """Whether a path, as an archive, a URL or a lock file spells it, stays inside its folder."""
     parts = re.split(r"[/\\]", path)
-    return bool(path) and not path.startswith(("/", "\\")) and ":" not in parts[0] and (
-        ".." not in parts and "\0" not in path and PurePosixPath(path).name != ""
+    return (
+        bool(path)
+        and not path.startswith(("/", "\\"))
+        and ":" not in parts[0]
+        and (".." not in parts and "\0" not in path and PurePosixPath(path).name != "")
     )
 
 

@@ -1,0 +1,127 @@
+"""Token shards: the format that llm.c and modded-nanogpt read, with our fingerprint in words they ignore.
+
+256 x int32, little-endian   [0] 20240520   [1] version 1   [2] number of tokens
+                             [8..15] the tokenizer's fingerprint, 32 bytes   [16] bytes a token (2)
+then uint16 ids, little-endian; the file is exactly 1,024 + 2 n bytes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from snakegpt.errors import UserError
+
+MAGIC, VERSION = 20240520, 1
+HEADER_WORDS = 256
+HEADER_BYTES = 4 * HEADER_WORDS
+FINGERPRINT_WORDS = slice(8, 16)
+TOKEN_BYTES_WORD = 16
+TOKEN_BYTES = 2
+MOST_IDS = 1 << (8 * TOKEN_BYTES)
+MOST_TOKENS = 2**31 - 1  # the count is an int32
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a manifest says of a shard."""
+
+    name: str
+    sha256: str
+    bytes: int
+    n_tokens: int
+
+
+class ShardWriter:
+    """Writes one shard; the header, which comes first, is filled in at the end.
+
+    with ShardWriter(path, fingerprint) as writer:
+        writer.add(ids)
+    writer.shard
+    """
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        self.path, self.fingerprint, self.n_tokens = path, fingerprint, 0
+        self._file = path.open("wb")
+        self._file.write(bytes(HEADER_BYTES))
+
+    def add(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
+        """Append ids, each below 65,536."""
+        tokens = np.asarray(ids, dtype="<u2")
+        self.n_tokens += len(tokens)
+        if self.n_tokens > MOST_TOKENS:
+            raise UserError(
+                f"{self.path.name} would hold more than {MOST_TOKENS:,} tokens.\n"
+                "  lower part_bytes of the corpus; a part makes one shard a split"
+            )
+        self._file.write(tokens.tobytes())
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.seek(0)
+                self._file.write(header(self.n_tokens, self.fingerprint))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+    @property
+    def shard(self) -> Shard:
+        """Name, digest and size of the finished file."""
+        with self.path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return Shard(self.path.name, sha256, self.path.stat().st_size, self.n_tokens)
+
+
+def header(n_tokens: int, fingerprint: str) -> bytes:
+    """The first 1,024 bytes of a shard."""
+    words = np.zeros(HEADER_WORDS, dtype="<i4")
+    words[:3] = MAGIC, VERSION, n_tokens
+    words[FINGERPRINT_WORDS] = np.frombuffer(bytes.fromhex(fingerprint), dtype="<i4")
+    words[TOKEN_BYTES_WORD] = TOKEN_BYTES
+    return words.tobytes()
+
+
+def read_shard(path: Path, *, fingerprint: str | None = None) -> NDArray[np.uint16]:
+    """The ids of a shard, memory-mapped.
+
+    fingerprint  the tokenizer it must be of; None: any, also a shard that another program wrote
+    raises       UserError that says what is wrong with the file
+    """
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise UserError(f"{path} is no shard: {size:,} bytes, shorter than its header.")
+    words = np.fromfile(path, dtype="<i4", count=HEADER_WORDS)
+    if words[0] != MAGIC or words[1] != VERSION:
+        raise UserError(
+            f"{path} is no shard of uint16 tokens: it begins with {words[0]}, {words[1]}"
+            f" instead of {MAGIC}, {VERSION}."
+        )
+    n_tokens = int(words[2])
+    expected = HEADER_BYTES + TOKEN_BYTES * n_tokens
+    if size != expected:
+        raise UserError(
+            f"{path} has {size:,} bytes, its header of {n_tokens:,} tokens means {expected:,}: it is damaged."
+        )
+    found = words[FINGERPRINT_WORDS].tobytes().hex()
+    if fingerprint is not None and found != fingerprint:
+        raise UserError(
+            f"{path} was encoded by tokenizer {found},\n  but tokenizer {fingerprint} is wanted."
+        )
+    if n_tokens == 0:
+        return np.empty(0, dtype="<u2")
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))

@@ -1,0 +1,66 @@
+"""Bring the files of a corpus here and check every one against the sha256 in the lock.
+
+Reads: the files' source. Writes: corpus.json (path, sha256 and bytes of each file, in lock order) and
+the raw files below files/. A corpus that is not locked yet is locked first, and then this stops: what
+was found is to be looked at and committed. By hand:
+
+    python -m snakegpt.stages.fetch_corpus --out /tmp/corpus \\
+        --settings '{"files": [{"path": "a.txt", "sha256": "...", "bytes": 3}]}' \\
+        --execution '{"corpus": "mine", "source": {"kind": "local", "paths": ["texts/*.txt"]}}'
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from snakegpt import locks
+from snakegpt.command import how_to_run, stage_parser
+from snakegpt.errors import UserError, reports_errors
+from snakegpt.progress import quantity
+from snakegpt.settings import Source
+from snakegpt.sources import kinds
+
+REVISION = 1
+SCIENCE = ()  # the lock decides the bytes
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    args = stage_parser(__doc__).parse_args(argv)
+    extras = ("corpus", "source", "archive", "revision", "lock_file")
+    how = how_to_run(args, "fetch_corpus", *extras)
+    name = how.extras["corpus"] or "unnamed"
+    try:
+        source: Any = TypeAdapter(Source).validate_python(how.extras["source"])
+    except ValidationError as error:
+        raise UserError(f"source: {error}") from None
+    workers, interval_s = how.settings.download_workers, how.settings.log_interval_s
+    if args.settings.get("files") is None:
+        lock_file = Path(how.extras["lock_file"] or "corpora.lock.json")
+        entry = kinds.lock(name, source, workers=workers, label=how.label, interval_s=interval_s)
+        locks.put(lock_file, {name: entry})
+        raise UserError(
+            f"corpus {name} is now locked: {len(entry.files):,} files, {quantity(entry.n_bytes, 'B')},"
+            f" in {lock_file}.\n  look at it, commit it and run the same command again"
+        )
+    archive = how.extras["archive"]
+    entry = locks.Entry(
+        how.extras["source"],
+        tuple(locks.File(**file) for file in args.settings["files"]),
+        how.extras["revision"],
+        locks.Archive(**archive) if archive else None,
+    )
+    files = args.out / "files"
+    kinds.fetch(name, source, entry, files, workers=workers, label=how.label, interval_s=interval_s)
+    content = json.dumps(
+        {"files": args.settings["files"]}, indent=2, sort_keys=True, ensure_ascii=False
+    )
+    (args.out / "corpus.json").write_text(content + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Write into corpora.lock.json which bytes the corpora are made of: path, sha256 and size of each file.
+
+    python -m snakegpt.stages.lock_corpora                  what the default experiments use and lacks a lock
+    python -m snakegpt.stages.lock_corpora shakespeare      these
+    python -m snakegpt.stages.lock_corpora --update mine    take the source as it is now
+
+A corpus whose source gives other bytes than were locked is an error that shows both, unless --update.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from snakegpt import locks
+from snakegpt.errors import UserError, reports_errors
+from snakegpt.progress import quantity, say
+from snakegpt.settings import CharTokenizer, Settings, load_files
+from snakegpt.sources import kinds
+
+REVISION = 1
+SCIENCE = ()
+
+
+def corpora_in_use(settings: Settings) -> list[str]:
+    """The corpora that the default experiments read, also through their tokenizers."""
+    names = []
+    for experiment in (settings.experiments[name] for name in settings.default_experiments):
+        names.append(experiment.corpus)
+        tokenizer = settings.tokenizers[experiment.tokenizer]
+        if isinstance(tokenizer, CharTokenizer):
+            names.append(tokenizer.corpus)
+    return list(dict.fromkeys(names))
+
+
+def lock_corpora(settings: Settings, lock_file: Path, names: list[str], *, update: bool) -> None:
+    """Lock the named corpora, each as soon as it is known.
+
+    raises   UserError if a source cannot be reached, or gives other bytes than were locked
+    """
+    for name in names:
+        source: Any = settings.corpus(name).source
+        old = locks.read(lock_file).get(name)
+        same_source = old is not None and locks.is_current(old, source.model_dump(mode="json"))
+        if old and not same_source:
+            say(
+                f"{name}  its source has changed: {locks.changes(old, source.model_dump(mode='json'))}"
+            )
+        new = kinds.lock(
+            name, source, workers=settings.execution.download_workers, label=f"lock_corpora {name}"
+        )
+        drift = locks.drift(old, new) if old and same_source else []
+        if drift and not update:
+            raise UserError(
+                f"corpus {name} is no longer what was locked:\n  " + "\n  ".join(drift) + "\n"
+                f"  if that is meant: {locks.RELOCK} --update {name}"
+            )
+        locks.put(lock_file, {name: new})
+        say(
+            f"{name}  {'unchanged' if old and same_source and not drift else 'locked'}:"
+            f" {len(new.files):,} files, {quantity(new.n_bytes, 'B')}"
+        )
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    summary, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="corpora of the settings")
+    parser.add_argument("--configfile", nargs="+", default=["config.yaml"], metavar="FILE")
+    parser.add_argument("--lock", type=Path, default=Path("corpora.lock.json"), metavar="FILE")
+    parser.add_argument("--scale", help="laptop or full; default: what the settings say")
+    parser.add_argument("--all", action="store_true", help="every corpus of the settings")
+    parser.add_argument("--update", action="store_true", help="accept what has changed")
+    args = parser.parse_args(argv)
+    settings = load_files(args.configfile, {"scale": args.scale} if args.scale else None)
+    names = args.names or list(settings.corpora if args.all else corpora_in_use(settings))
+    if not (args.names or args.all or args.update):
+        known = locks.read(args.lock)
+        current = [
+            name
+            for name in names
+            if name in known
+            and locks.is_current(known[name], settings.corpus(name).source.model_dump(mode="json"))
+        ]
+        for name in current:
+            say(f"{name}  is locked: {len(known[name].files):,} files")
+        names = [name for name in names if name not in current]
+    lock_corpora(settings, args.lock, names, update=args.update)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Train a GPT on tokens, on one process or many; interrupted, the same command goes on where it was.
+
+Reads: manifest.json of a token set, its shards beside it. Writes: weights.safetensors (last) and
+best.safetensors (lowest validation loss), float32 under the names of transformers' GPT2LMHeadModel;
+config.json, which transformers loads; metrics.jsonl, one JSON object a line. By hand:
+
+    python -m snakegpt.stages.train_model --tokens results/tokens/shakespeare-gpt2/manifest.json \\
+        --settings '{"model": {"layers": 2, "heads": 2, "channels": 64, "context": 64},
+                     "training": {"batch_tokens": 1024, "steps": 50, "warmup_steps": 5}}' --out /tmp/gpt
+
+The number of processes comes from --execution '{"ranks": 2}'; they are started here, or by torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snakegpt import distributed
+from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.errors import UserError, reports_errors
+from snakegpt.huggingface_format import to_config
+from snakegpt.model import Shape, choose_kernel, padded_vocabulary
+from snakegpt.settings import Execution, Model, Training
+from snakegpt.tokens import open_split, read_manifest
+from snakegpt.trainer import Launch, Recipe, Trainer
+from snakegpt.training_state import write_atomically
+
+REVISION = (
+    1  # bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells
+)
+SCIENCE = (
+    "snakegpt.model",
+    "snakegpt.optimizer",
+    "snakegpt.batches",
+    "snakegpt.huggingface_format",
+)
+
+
+def train_model(
+    model: Model,
+    training: Training,
+    execution: Execution,
+    tokens: Path,
+    out: Path,
+    state: Path,
+    *,
+    label: str,
+    threads: int,
+    network: Path | None,
+    arguments: list[str],
+) -> None:
+    """Train as one rank, or start the ranks that do.
+
+    arguments  this command's own, for the ranks
+    raises     UserError before the first step if tokens, settings and machine do not fit each other
+    """
+    manifest = read_manifest(tokens)
+    vocabulary = manifest["tokenizer"]["n_vocab"]
+    shape = Shape(
+        vocabulary=padded_vocabulary(vocabulary, model.vocabulary_multiple),
+        layers=model.layers,
+        heads=model.heads,
+        channels=model.channels,
+        context=model.context,
+        dropout=model.dropout,
+        bias=model.bias,
+    )
+    rows = training.batch_tokens // model.context
+    if rows * model.context != training.batch_tokens or model.channels % model.heads:
+        raise UserError(
+            "training.batch_tokens must be a multiple of model.context, and model.channels of model.heads."
+        )
+    device = distributed.choose_device(execution.device)
+    ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
+    train, validation = (open_split(tokens, manifest, split) for split in ("train", "val"))
+    if ranks > 1 and not distributed.is_rank():
+        environment = {}
+        if network and network.exists() and execution.network_environment:
+            measured = json.loads(network.read_text(encoding="utf-8"))
+            environment = distributed.network_environment(measured)
+        module = "snakegpt.stages.train_model"
+        distributed.launch(module, arguments, ranks=ranks, threads=threads, environment=environment)
+        return
+    with distributed.joined(device) as group:
+        torch.set_num_threads(max(1, threads // group.ranks))
+        dtype = distributed.choose_precision(training.precision, device)
+        chosen = execution.attention
+        launch = Launch(
+            label=label,
+            device=device,
+            dtype=dtype,
+            kernel=choose_kernel(device, dtype, model.context) if chosen == "auto" else chosen,
+            compiled=device == "cuda" if execution.compiled == "auto" else execution.compiled,
+            micro_rows=distributed.choose_micro_rows(
+                execution.rows_per_rank,
+                device=device,
+                share=rows // group.ranks,
+                context=model.context,
+                vocabulary=shape.vocabulary,
+                width=model.layers * model.channels,
+            ),
+            threads=torch.get_num_threads(),
+            log_interval_s=execution.log_interval_s,
+            save_interval_s=execution.save_interval_s,
+        )
+        recipe = Recipe(**training.model_dump())
+        fingerprint = manifest["tokenizer"]["fingerprint"]
+        trainer = Trainer(shape, recipe, train, validation, launch, group, state, fingerprint)
+        trainer.run(out)
+        if group.leads:
+            config = to_config(
+                shape,
+                n_vocab=vocabulary,
+                end_of_text=manifest["tokenizer"]["end_of_text"],
+                tokenizer_fingerprint=fingerprint,
+                model=model.model_dump(),
+            )
+            _write_json(out / "config.json", config)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    roles = {"tokens": "manifest.json of the tokens, shards beside it"}
+    args = stage_parser(__doc__, roles, state=True).parse_args(argv)
+    how = how_to_run(args, "train_model", "network")
+    network = how.extras["network"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with distributed.reporting_outcome():
+        train_model(
+            block(Model, args.settings.get("model"), "model"),
+            block(Training, args.settings.get("training"), "training"),
+            how.settings,
+            only_path(args.tokens, "tokens"),
+            args.out,
+            args.state or args.out / ".state",
+            label=how.label,
+            threads=how.threads,
+            network=Path(network) if network else None,
+            arguments=sys.argv[1:] if argv is None else argv,
+        )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
