@@ -5,7 +5,7 @@ SHELL := /bin/sh
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo check format generate test test-long clean
+.PHONY: help setup demo check format generate test test-long clean lock
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -42,3 +42,12 @@ test-long: check
 
 clean:
 	rm -rf results logs .snakemake
+
+# Resolve envs/requirements.in anew, in an environment of its own.
+lock:
+	rm -rf .venv-lock
+	python3 -m venv --without-pip .venv-lock
+	python3 -m pip --python .venv-lock/bin/python install --quiet -r envs/requirements.in
+	(echo "# Every package of the tested environment, by \`make lock\` from envs/requirements.in."; \
+	  python3 -m pip --python .venv-lock/bin/python freeze --all | sed 's/+cpu$$//') > envs/requirements.lock
+	rm -rf .venv-lock

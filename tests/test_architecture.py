@@ -27,7 +27,7 @@ LAYERS = [
         "demo",
     },
     {"command", "sources", "documents", "tokenizers", "shards"},
-    {"model", "huggingface_format", "optimizer", "distributed", "batches"},
+    {"model", "huggingface_format", "optimizer", "distributed", "batches", "tokens"},
     {
         "training_state",
         "trainer",

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from snakegpt.batches import TokenStream, TrainingBatches, permute, sequential_batches
 from snakegpt.errors import UserError
 
@@ -25,7 +24,9 @@ def test_the_order_is_a_permutation(n, seed, epoch):
 
 def test_orders_of_other_seeds_and_epochs_differ():
     places = np.arange(1000, dtype=np.uint64)
-    orders = [permute(places, 1000, seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    orders = [
+        permute(places, 1000, seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
     agreeing = sum(a == b for a, b in zip(orders[0], orders[1], strict=True))
     assert agreeing < 15  # about one in a thousand by chance
@@ -58,9 +59,7 @@ def test_ranks_and_micro_batches_share_out_the_same_rows(ranks, micro_rows):
     batches = TrainingBatches(stream(20 * 8 + 1), context=8, rows=12, seed=5)
     [(whole, _)] = batches.micro_batches(4, 12, 0, 1)
     pieces = [
-        ids
-        for rank in range(ranks)
-        for ids, _ in batches.micro_batches(4, micro_rows, rank, ranks)
+        ids for rank in range(ranks) for ids, _ in batches.micro_batches(4, micro_rows, rank, ranks)
     ]
     assert all(len(piece) == micro_rows for piece in pieces)
     assert torch.equal(torch.cat(pieces), whole)
@@ -73,7 +72,9 @@ def test_fewer_windows_than_rows_make_several_epochs_a_batch():
 
 
 def test_a_context_longer_than_the_data_is_a_clear_error():
-    with pytest.raises(UserError, match=r"model\.context = 16 needs .* 17 tokens;\s+this one has 16"):
+    with pytest.raises(
+        UserError, match=r"model\.context = 16 needs .* 17 tokens;\s+this one has 16"
+    ):
         TrainingBatches(stream(16), context=16, rows=1, seed=0)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from snakegpt import distributed
 from snakegpt.distributed import (
     choose_device,
@@ -17,7 +16,8 @@ from snakegpt.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("rows", "threads", "ranks"), [(12, 1, 1), (12, 2, 2), (12, 5, 4), (7, 4, 1), (64, 64, 8), (1, 8, 1)]
+    ("rows", "threads", "ranks"),
+    [(12, 1, 1), (12, 2, 2), (12, 5, 4), (7, 4, 1), (64, 64, 8), (1, 8, 1)],
 )
 def test_cpu_ranks_divide_the_rows_and_fit_the_threads(rows, threads, ranks):
     assert choose_ranks("auto", device="cpu", rows=rows, threads=threads) == ranks
@@ -77,4 +77,3 @@ def test_one_process_is_a_group_of_one():
     with distributed.joined("cpu") as group:
         assert (group.rank, group.ranks, group.leads) == (0, 1, True)
         assert group.sum(torch.tensor([2.0])).item() == 2.0
-        assert group.from_leader("x") == "x"

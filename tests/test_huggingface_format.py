@@ -7,8 +7,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
-
 from snakegpt.errors import UserError
 from snakegpt.huggingface_format import (
     from_config,
@@ -18,6 +16,7 @@ from snakegpt.huggingface_format import (
     to_config,
 )
 from snakegpt.model import GPT, Shape
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 IDS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -58,7 +57,9 @@ def test_transformers_computes_our_logits(tmp_path, bias):
 
 def test_we_compute_transformers_logits(tmp_path):
     torch.manual_seed(1)
-    config = GPT2Config(vocab_size=64, n_layer=2, n_head=2, n_embd=32, n_positions=16, initializer_range=0.3)
+    config = GPT2Config(
+        vocab_size=64, n_layer=2, n_head=2, n_embd=32, n_positions=16, initializer_range=0.3
+    )
     theirs = GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -78,7 +79,11 @@ def test_a_model_comes_back_as_it_was(tmp_path, bias):
 def test_the_same_weights_are_the_same_bytes(tmp_path):
     for name in "abc":
         save_weights(tmp_path / name, random_model(), "fingerprint")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == (tmp_path / "c").read_bytes()
+    assert (
+        (tmp_path / "a").read_bytes()
+        == (tmp_path / "b").read_bytes()
+        == (tmp_path / "c").read_bytes()
+    )
 
 
 def test_old_files_with_masks_and_without_prefix_are_read(tmp_path):
@@ -121,7 +126,7 @@ def test_a_truncated_file_is_refused(tmp_path):
 def test_weights_of_another_tokenizer_are_refused_naming_both(tmp_path):
     config = write(tmp_path, random_model())
     config["snakegpt"]["tokenizer_fingerprint"] = "g"
-    with pytest.raises(UserError, match="tokenizer f, its config.json says g"):
+    with pytest.raises(UserError, match=r"tokenizer f, its config\.json says g"):
         load_model(tmp_path / "model.safetensors", config)
 
 

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from snakegpt.model import (
     GPT,
     KeyValueCache,
@@ -63,7 +62,9 @@ def test_gpt2_has_its_published_size():
     assert flops_per_token(shape) == pytest.approx(854.65e6, rel=1e-3)
 
 
-@pytest.mark.parametrize(("n_vocab", "multiple", "padded"), [(50257, 64, 50304), (64, 64, 64), (65, 1, 65)])
+@pytest.mark.parametrize(
+    ("n_vocab", "multiple", "padded"), [(50257, 64, 50304), (64, 64, 64), (65, 1, 65)]
+)
 def test_the_vocabulary_is_padded_up(n_vocab, multiple, padded):
     assert padded_vocabulary(n_vocab, multiple) == padded
 
@@ -114,7 +115,9 @@ def test_gradients_agree_with_finite_differences():
             weight[row, column] -= 2e-5
             below = float(loss())
             weight[row, column] += 1e-5
-        assert float(weight.grad[row, column]) == pytest.approx((above - below) / 2e-5, rel=1e-4, abs=1e-9)
+        assert float(weight.grad[row, column]) == pytest.approx(
+            (above - below) / 2e-5, rel=1e-4, abs=1e-9
+        )
 
 
 def test_short_bfloat16_attention_on_cpu_is_written_out():

@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
-from train_fixtures import SETTINGS, changed, metrics, tokens, train
-
 from snakegpt.batches import TrainingBatches
 from snakegpt.distributed import Group
 from snakegpt.errors import Interrupted, UserError
-from snakegpt.model import GPT, Shape, initialise, padded_vocabulary
+from snakegpt.model import GPT, Shape, initialise
 from snakegpt.optimizer import Schedule
 from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Launch, Recipe, Trainer
+from train_fixtures import SETTINGS, metrics, tokens, train
 
 SHAPE = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, bias=False)
 
@@ -65,7 +64,8 @@ def test_the_loop_is_the_plain_algorithm(manifest, tmp_path):
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.95)
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
     )
     batches = TrainingBatches(open_split(manifest, read_manifest(manifest), "train"), 8, 8, 1337)
     losses = []
@@ -83,7 +83,9 @@ def test_the_loop_is_the_plain_algorithm(manifest, tmp_path):
     assert logged == pytest.approx(losses, rel=1e-5)
     assert losses[0] == pytest.approx(math.log(12), abs=0.1)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(ours.model.state_dict()[name], parameter.data, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            ours.model.state_dict()[name], parameter.data, atol=1e-5, rtol=1e-4
+        )
 
 
 def test_bytes_changed_bump_revision(manifest, tmp_path):
@@ -131,7 +133,10 @@ def test_stopped_and_resumed_is_undisturbed(manifest, tmp_path, monkeypatch):
     assert (tmp_path / "again" / "weights.safetensors").read_bytes() == expected
     for event in ("train", "validation"):
         clean = [
-            [{k: v for k, v in line.items() if not k.endswith("_s")} for line in metrics(tmp_path / o, event)]
+            [
+                {k: v for k, v in line.items() if not k.endswith("_s")}
+                for line in metrics(tmp_path / o, event)
+            ]
             for o in ("out", "again")
         ]
         assert clean[0] == clean[1]
@@ -159,9 +164,9 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(manifest, tmp_path
 
 def test_a_diverging_loss_stops_with_advice(manifest, tmp_path):
     with pytest.raises(UserError, match=r"diverged(.|\n)*learning_rate"):
-        trainer(tmp_path / "state", manifest, learning_rate=1e30, warmup_steps=0, gradient_clip=None).run(
-            tmp_path
-        )
+        trainer(
+            tmp_path / "state", manifest, learning_rate=1e30, warmup_steps=0, gradient_clip=None
+        ).run(tmp_path)
     assert not list((tmp_path / "state").glob("state_*.json"))
 
 
@@ -175,9 +180,3 @@ def test_one_and_two_ranks_train_alike(manifest, tmp_path):
         runs[ranks] = [line["loss"] for line in metrics(out, "train") + metrics(out, "validation")]
     assert runs[1] == pytest.approx(runs[2], rel=1e-5)
     assert len(runs[1]) == 12 + 3
-
-
-def test_the_padded_vocabulary_is_the_models(manifest, tmp_path):
-    assert padded_vocabulary(11, 4) == SHAPE.vocabulary
-    done = train(manifest, tmp_path / "out", changed(steps=1, warmup_steps=0), ranks=1)
-    assert done.returncode == 0, done.stderr

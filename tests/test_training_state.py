@@ -7,7 +7,6 @@ from collections import namedtuple
 
 import pytest
 import torch
-
 from snakegpt.errors import UserError
 from snakegpt.training_state import Metrics, StateFolder, write_atomically
 

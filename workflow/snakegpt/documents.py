@@ -1,8 +1,8 @@
 """Documents of a raw file: plain text, JSON lines or parquet, also gzip- or zstandard-compressed.
 
 A file's kind follows from its name. Text is kept as it is (line ends, byte order mark, NUL, any Unicode
-normal form); only what cannot be text is dealt with, by stated policy and counted: bytes that are no
-UTF-8, and lone surrogates, which JSON can spell and UTF-8 cannot.
+normal form); only what cannot be text is dealt with, and counted: bytes that are no UTF-8, by
+`encoding_errors`, and lone surrogates, which JSON can spell and UTF-8 cannot, by tiktoken's own rule.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from snakegpt.errors import UserError
 
 PARQUET, JSON_LINES = (".parquet",), (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
+CHUNK_BYTES = 1 << 16  # of a compressed file
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,46 @@ def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(path, "rb"))
     if path.suffix == ".zst":
+        return io.BufferedReader(_Zstandard(path))
+    return path.open("rb")
+
+
+class _Zstandard(io.RawIOBase):
+    """The content of all frames of a file.
+
+    zstandard's own stream reader ends without a word where a truncated file does.
+    """
+
+    def __init__(self, path: Path) -> None:
         import zstandard
 
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    return path.open("rb")
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._file = path.open("rb")
+        self._unread = self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            chunk = self._unread or self._file.read(CHUNK_BYTES)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a zstandard frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._ready, self._unread = self._frame.decompress(chunk), b""
+            if self._frame.eof:
+                self._unread, self._frame = self._frame.unused_data, None
+        n_bytes = min(len(buffer), len(self._ready))
+        buffer[:n_bytes] = self._ready[:n_bytes]
+        self._ready = self._ready[n_bytes:]
+        return n_bytes
 
 
 def _damaged() -> tuple[type[BaseException], ...]:
@@ -150,12 +187,7 @@ def _as_text(value: Any, where: str, settings: TextSettings, counts: Counts) -> 
         )
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        if settings.encoding_errors == "refuse":
-            raise UserError(
-                f"{where} holds half a surrogate pair at character {error.start:,}, which is no text.\n"
-                "  set encoding_errors: replace to have U+FFFD in its place"
-            ) from None
+    except UnicodeEncodeError:
         # tiktoken's own rule: pairs are joined, one U+FFFD for each that stays alone.
         joined = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         counts.replaced_bytes += joined.count("\ufffd") - value.count("\ufffd")

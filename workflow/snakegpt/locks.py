@@ -25,7 +25,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from snakegpt.errors import UserError
@@ -123,12 +123,9 @@ def _pin(where: str, value: Any) -> dict[str, Any]:
 
 def is_inside(path: str) -> bool:
     """Whether a path, as an archive, a URL or a lock file spells it, stays inside its folder."""
-    parts = re.split(r"[/\\]", path)
+    absolute = path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path)
     return (
-        bool(path)
-        and not path.startswith(("/", "\\"))
-        and ":" not in parts[0]
-        and (".." not in parts and "\0" not in path and PurePosixPath(path).name != "")
+        bool(path) and not absolute and "\0" not in path and (".." not in re.split(r"[/\\]", path))
     )
 
 

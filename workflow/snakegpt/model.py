@@ -79,33 +79,28 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(shape.channels, 3 * shape.channels, bias=shape.bias)
         self.projection = nn.Linear(shape.channels, shape.channels, bias=shape.bias)
         self.projection_dropout = nn.Dropout(shape.dropout)
-        self.causal_TS: Tensor
-        allowed = torch.ones(shape.context, shape.context, dtype=torch.bool).tril()
-        self.register_buffer("causal_TS", allowed, persistent=False)
 
     def forward(self, x_BTC: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
         B, T, C = x_BTC.shape
         heads_3_BHTD = self.qkv(x_BTC).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q_BHTD, k_BHSD, v_BHSD = heads_3_BHTD
-        first = 0
         if cache is not None:
-            first = cache.n_seen
             k_BHSD, v_BHSD = cache.extend(layer, k_BHSD, v_BHSD)
-        y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD, first)
+        y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD)
         y_BTC = y_BHTD.transpose(1, 2).reshape(B, T, C)
         out_BTC: Tensor = self.projection_dropout(self.projection(y_BTC))
         return out_BTC
 
-    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, first: int) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, by torch's fused kernel or written out; `first` is q's position."""
+    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, by torch's fused kernel or written out; q is of the last T of S."""
         T, S = q_BHTD.shape[2], k_BHSD.shape[2]
         dropout = self.dropout if self.training else 0.0
-        allowed_TS = self.causal_TS[first : first + T, :S]
+        if self.kernel == "sdpa" and T == S:
+            return F.scaled_dot_product_attention(
+                q_BHTD, k_BHSD, v_BHSD, dropout_p=dropout, is_causal=True
+            )
+        allowed_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril(S - T)
         if self.kernel == "sdpa":
-            if first == 0:
-                return F.scaled_dot_product_attention(
-                    q_BHTD, k_BHSD, v_BHSD, dropout_p=dropout, is_causal=True
-                )
             return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=allowed_TS)
         score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(q_BHTD.shape[-1])
         weight_BHTS = score_BHTS.masked_fill(~allowed_TS, -torch.inf).softmax(dim=-1)

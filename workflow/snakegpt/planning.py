@@ -30,12 +30,11 @@ BYTES_PER_TOKEN = {"gpt2": 4.0, "char": 1.0}
 # What a training process holds before its first tensor: interpreter, libraries, device context.
 RUNTIME_BYTES = {"cpu": 350_000_000, "cuda": 600_000_000, "mps": 350_000_000}
 
-VALIDATION_FRACTION = 0.01  # the corpus setting's default; used where the stage is not told
-STATES_KEPT = 3  # the newest, the one before, and the next one while it is written aside
+STATES_AT_ONCE = 3  # the two that training_state keeps, and the next while it is written aside
 
 
 @dataclass(frozen=True)
-class Launch:
+class Placement:
     """How training would run on this machine, as `snakegpt.distributed` resolves it.
 
     rows_per_rank  sequences of a micro-batch
@@ -56,7 +55,7 @@ class Launch:
 # ---- what a run holds and writes --------------------------------------------------------------
 
 
-def memory_bytes(shape: Shape, launch: Launch) -> dict[str, int]:
+def memory_bytes(shape: Shape, placement: Placement) -> dict[str, int]:
     """Peak memory of one rank by what holds it, with `total`.
 
     Parameters, gradients and AdamW moments are float32. Activations are what the backward pass reads,
@@ -66,10 +65,10 @@ def memory_bytes(shape: Shape, launch: Launch) -> dict[str, int]:
     peaks at 8 bytes a logit in float32 and 10 in bfloat16 (measured, torch 2.13).
     """
     N = n_parameters(shape)
-    n_tokens = launch.rows_per_rank * shape.context
-    half = launch.precision == "bfloat16"
+    n_tokens = placement.rows_per_rank * shape.context
+    half = placement.precision == "bfloat16"
     per_layer = shape.channels * (2 * 4 + 15 * (2 if half else 4))
-    if launch.attention == "math":
+    if placement.attention == "math":
         per_layer += shape.heads * shape.context * (6 if half else 4)
     if shape.dropout:
         per_layer += 2 * shape.channels  # the masks of both projections, a byte each
@@ -80,7 +79,7 @@ def memory_bytes(shape: Shape, launch: Launch) -> dict[str, int]:
         "half_precision_weights": 2 * N if half else 0,  # autocast keeps a copy during a pass
         "activations": n_tokens * shape.layers * per_layer,
         "logits": n_tokens * shape.vocabulary * (10 if half else 8),
-        "runtime": RUNTIME_BYTES.get(launch.device, RUNTIME_BYTES["cpu"]),
+        "runtime": RUNTIME_BYTES.get(placement.device, RUNTIME_BYTES["cpu"]),
     }
     return {**memory, "total": sum(memory.values())}
 
@@ -97,7 +96,7 @@ def disk_bytes(
         "corpus": corpus_bytes,
         "tokens": 2 * corpus_tokens if corpus_tokens is not None else None,
         "weights": 2 * 4 * N,
-        "states": STATES_KEPT * 16 * N,
+        "states": STATES_AT_ONCE * 16 * N,
     }
     return {**disk, "total": sum(n_bytes for n_bytes in disk.values() if n_bytes is not None)}
 
@@ -107,7 +106,7 @@ def disk_bytes(
 
 def plan(
     shape: Shape,
-    launch: Launch,
+    placement: Placement,
     *,
     batch_tokens: int,
     steps: int,
@@ -127,27 +126,25 @@ def plan(
     bytes_per_token = BYTES_PER_TOKEN.get(tokenizer_kind, 4.0)
     corpus_tokens = None if corpus_bytes is None else round(corpus_bytes / bytes_per_token)
     flops = flops_per_token(shape)
-    # Each validation is forward passes only, a third of a training pass.
-    if corpus_tokens is None:
-        per_validation = validation_tokens or 0
-    else:
-        split = round(corpus_tokens * validation_fraction)
-        per_validation = split if validation_tokens is None else min(validation_tokens, split)
-    n_validations = math.ceil(steps / validation_interval) + 1
-    efficiency = EFFICIENCY.get(launch.device, EFFICIENCY["cpu"])
+    limits = [validation_tokens]
+    if corpus_tokens is not None:
+        limits.append(round(corpus_tokens * validation_fraction))
+    per_validation = min((limit for limit in limits if limit is not None), default=0)
+    validated = math.ceil(steps / validation_interval) * per_validation
+    efficiency = EFFICIENCY.get(placement.device, EFFICIENCY["cpu"])
     reached = efficiency * matmul_flops_per_s
     return {
-        "device": launch.device,
-        "precision": launch.precision,
-        "ranks": launch.ranks,
-        "rows_per_rank": launch.rows_per_rank,
-        "accumulation": launch.accumulation,
-        "threads": launch.threads,
-        "attention": launch.attention,
+        "device": placement.device,
+        "precision": placement.precision,
+        "ranks": placement.ranks,
+        "rows_per_rank": placement.rows_per_rank,
+        "accumulation": placement.accumulation,
+        "threads": placement.threads,
+        "attention": placement.attention,
         "n_vocab_padded": shape.vocabulary,
         "n_parameters": n_parameters(shape),
         "n_parameters_without_embedding": n_parameters(shape, embeddings=False),
-        "memory_bytes": memory_bytes(shape, launch),
+        "memory_bytes": memory_bytes(shape, placement),
         "flops_per_token": flops,
         "total_flops": flops * tokens,
         "batch_tokens": batch_tokens,
@@ -159,7 +156,9 @@ def plan(
         "disk_bytes": disk_bytes(shape, corpus_bytes, corpus_tokens),
         "matmul_flops_per_s": matmul_flops_per_s,
         "rate_tokens_per_s_estimate": reached / flops,
-        "time_estimate_s": flops * (tokens + n_validations * per_validation / 3) / reached,
+        "time_estimate_s": flops * tokens / reached,
+        # Forward passes only: a third of the arithmetic.
+        "validation_time_estimate_s": flops * validated / 3 / reached,
         "assumptions": {
             "bytes_per_token": bytes_per_token,
             "efficiency": efficiency,
@@ -221,10 +220,9 @@ def measure_matmul(device: str, precision: str, *, limit_s: float = 0.5) -> floa
 # ---- for people ------------------------------------------------------------------------------
 
 
-def table(plan: Mapping[str, Any], free_disk_bytes: int, available_memory_bytes: int) -> list[str]:
+def table(plan: Mapping[str, Any]) -> list[str]:
     """The plan as lines of at most 80 columns: what, how much, how it is made up."""
     memory, disk, assumed = plan["memory_bytes"], plan["disk_bytes"], plan["assumptions"]
-    unknown = "unknown until the corpus is locked"
     batch = (
         f"{plan['ranks']} ranks x {plan['rows_per_rank']} rows x {plan['accumulation']} accumulated"
         if plan["ranks"] > 1
@@ -243,14 +241,14 @@ def table(plan: Mapping[str, Any], free_disk_bytes: int, available_memory_bytes:
         ("steps", f"{plan['steps']:,}", f"{quantity(plan['tokens'])} tokens in all"),
         (
             "corpus",
-            unknown if corpus is None else f"{quantity(corpus)} tokens",
-            ""
+            "unknown" if corpus is None else f"{quantity(corpus)} tokens",
+            "until it is locked: snakemake lock_corpora"
             if corpus is None
-            else f"{epochs:.3g} epochs, at {assumed['bytes_per_token']:g} bytes a token (assumed)",
+            else f"{epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs, at {assumed['bytes_per_token']:g} bytes a token (assumed)",
         ),
         (
             "arithmetic",
-            quantity(plan["total_flops"], "FLOP"),
+            f"{plan['total_flops']:.3g} FLOP",
             f"{quantity(plan['flops_per_token'], 'FLOP')} a token (6N + 12LCT)",
         ),
         (
@@ -259,43 +257,45 @@ def table(plan: Mapping[str, Any], free_disk_bytes: int, available_memory_bytes:
             f"state {quantity(states, 'B')}, activations"
             f" {quantity(memory['activations'], 'B')}, logits {quantity(memory['logits'], 'B')}",
         ),
-        ("", "", f"{quantity(available_memory_bytes, 'B')} available here"),
+        ("", "", f"{quantity(plan['available_memory_bytes'], 'B')} available here"),
         (
             "disk",
             quantity(disk["total"], "B"),
             f"tokens {quantity(disk['tokens'], 'B') if disk['tokens'] is not None else 'unknown'},"
             f" weights {quantity(disk['weights'], 'B')}, states {quantity(disk['states'], 'B')}",
         ),
-        ("", "", f"{quantity(free_disk_bytes, 'B')} free here"),
+        ("", "", f"{quantity(plan['free_disk_bytes'], 'B')} free here"),
         (
             "speed",
             f"{quantity(plan['rate_tokens_per_s_estimate'])} tokens/s",
             f"{assumed['efficiency']:.0%} of {quantity(plan['matmul_flops_per_s'], 'FLOP/s')}"
             f" measured, {plan['precision']} on {plan['device']}",
         ),
-        ("time", clock(plan["time_estimate_s"]), "an estimate, with validations"),
+        (
+            "time",
+            clock(plan["time_estimate_s"]),
+            f"an estimate; and {clock(plan['validation_time_estimate_s'])} of validations",
+        ),
     ]
-    return [f"  {name:<14}{value:<18}{how}".rstrip() for name, value, how in rows]
+    return [f"  {name:<15}{value:<18}{how}".rstrip() for name, value, how in rows]
 
 
-def warnings(
-    plan: Mapping[str, Any], free_disk_bytes: int, available_memory_bytes: int
-) -> list[str]:
+def warnings(plan: Mapping[str, Any]) -> list[str]:
     """What may go wrong, one line each."""
     found = []
     # Ranks on CPU share the machine's memory; each GPU has its own.
     sharing = plan["ranks"] if plan["device"] == "cpu" else 1
     memory = plan["memory_bytes"]["total"] * sharing
-    if memory > available_memory_bytes:
+    if memory > plan["available_memory_bytes"]:
         found.append(
             f"about {quantity(memory, 'B')} of memory are needed and"
-            f" {quantity(available_memory_bytes, 'B')} are available:"
+            f" {quantity(plan['available_memory_bytes'], 'B')} are available:"
             " set execution.rows_per_rank lower"
         )
-    if plan["disk_bytes"]["total"] > free_disk_bytes:
+    if plan["disk_bytes"]["total"] > plan["free_disk_bytes"]:
         found.append(
             f"{quantity(plan['disk_bytes']['total'], 'B')} will be written in all and"
-            f" {quantity(free_disk_bytes, 'B')} are free: enough only if corpus and tokens are"
+            f" {quantity(plan['free_disk_bytes'], 'B')} are free: enough only if corpus and tokens are"
             " already there"
         )
     return found

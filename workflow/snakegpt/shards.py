@@ -53,15 +53,16 @@ class ShardWriter:
         self._file.write(bytes(HEADER_BYTES))
 
     def add(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
-        """Append ids, each below 65,536."""
+        """Append ids, each below 65,536; numpy refuses a list's larger ones, and would wrap an array's."""
+        assert not isinstance(ids, np.ndarray) or not len(ids) or ids.max() < MOST_IDS
         tokens = np.asarray(ids, dtype="<u2")
-        self.n_tokens += len(tokens)
-        if self.n_tokens > MOST_TOKENS:
+        if self.n_tokens + len(tokens) > MOST_TOKENS:
             raise UserError(
                 f"{self.path.name} would hold more than {MOST_TOKENS:,} tokens.\n"
                 "  lower part_bytes of the corpus; a part makes one shard a split"
             )
         self._file.write(tokens.tobytes())
+        self.n_tokens += len(tokens)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -55,6 +55,16 @@ class Tokenizer(Protocol):
         """The content of tokenizer.json."""
 
 
+def _fitting(n_vocab: int) -> int:
+    """A vocabulary size that the shards can hold."""
+    if n_vocab > MOST_IDS:
+        raise UserError(
+            f"{n_vocab:,} ids do not fit the shards' uint16, which holds {MOST_IDS:,}.\n"
+            "  use a smaller vocabulary, such as the gpt2 tokenizer's"
+        )
+    return n_vocab
+
+
 # ---- GPT-2 -----------------------------------------------------------------------------------
 
 
@@ -67,7 +77,7 @@ class BytePairTokenizer:
         """ranks: the token of each rank; the end-of-text id is the one after the last."""
         self.kind, self.pattern, self.ranks = kind, pattern, list(ranks)
         self.end_of_text = len(self.ranks)
-        self.n_vocab = len(self.ranks) + 1
+        self.n_vocab = _fitting(len(self.ranks) + 1)
         self._encoding = tiktoken.Encoding(
             kind,
             pat_str=pattern,
@@ -107,7 +117,9 @@ class BytePairTokenizer:
 # white-space characters before another one (its issue 15). The 25 characters of Unicode's White_Space;
 # Python's `\s` knows four more, which Rust's does not.
 _SPACE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
-_LONG_SPACE = re.compile(f"[{_SPACE}]{{100000,}}(?=[^{_SPACE}])")
+_LONG = 100_000
+# Only the start of a run is tried, and no shorter part of it: linear, also where nothing follows it.
+_LONG_SPACE = re.compile(f"(?<![{_SPACE}])[{_SPACE}]{{{_LONG},}}+(?=[^{_SPACE}])")
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -117,7 +129,7 @@ def pieces(text: str) -> Iterator[str]:
     pretoken, and the last with or before what follows.
     """
     start = 0
-    for run in _LONG_SPACE.finditer(text):
+    for run in _LONG_SPACE.finditer(text) if len(text) > _LONG else ():
         cut = run.end() - 1
         yield text[start:cut]
         start = cut
@@ -144,12 +156,7 @@ class CharTokenizer:
 
     def __init__(self, characters: Sequence[str]) -> None:
         self.characters = list(characters)
-        self.n_vocab = len(self.characters) + 1
-        if self.n_vocab > MOST_IDS:
-            raise UserError(
-                f"{self.n_vocab:,} ids do not fit the shards' uint16, which holds {MOST_IDS:,}:"
-                " this corpus has too many different characters.\n  use the gpt2 tokenizer"
-            )
+        self.n_vocab = _fitting(len(self.characters) + 1)
         self._ids = {character: index + 1 for index, character in enumerate(self.characters)}
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import platform
 import resource
 import shutil
 import sys
@@ -111,9 +112,7 @@ class Trainer:
         if self.launch.compiled:
             network = torch.compile(network)  # type: ignore[assignment]
         if self.group.ranks > 1:
-            network = DistributedDataParallel(
-                network, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
         return network
 
     # ---- the loop ----
@@ -128,24 +127,21 @@ class Trainer:
         metrics = Metrics(self.states.metrics, resumed) if self.group.leads else None
         if metrics:
             self._describe(metrics, resumed)
-        recipe, every = self.recipe, max(1, self.recipe.steps // 1000)
-        progress = Progress(
-            self.launch.label,
-            recipe.steps,
-            "steps",
-            done=self.step,
-            interval_s=self.launch.log_interval_s,
-        )
+        recipe, label = self.recipe, self.launch.label
+        every = max(1, recipe.steps // 1000)  # a thousand points make a full chart
+        interval_s = self.launch.log_interval_s
+        progress = Progress(label, recipe.steps, "steps", done=self.step, interval_s=interval_s)
         saved_at = time.monotonic()
         validation = f"val {self.best_loss:.3f}" if self.best_step else ""
         since_s, since_steps = self.busy_s, self.step
         while self.step < recipe.steps:
             started = time.monotonic()
             loss, norm = self._update()
-            if self.step % every == 0 or self.step == recipe.steps:
-                mean_loss = float(self._mean_over_ranks(loss))  # waits for the device
+            last = self.step == recipe.steps
+            logs = last or self.step % every == 0
+            mean_loss = self._mean_over_ranks(loss) if logs else math.nan  # waits for the device
             self.busy_s += time.monotonic() - started
-            if self.step % every == 0 or self.step == recipe.steps:
+            if logs:
                 self._require_finite(mean_loss)
                 rate = recipe.batch_tokens * (self.step - since_steps) / (self.busy_s - since_s)
                 since_s, since_steps = self.busy_s, self.step
@@ -162,7 +158,7 @@ class Trainer:
                     )
                     facts = [f"loss {mean_loss:.3f}", validation, quantity(rate, " tokens/s")]
                     progress.update(self.step, *filter(None, facts))
-            if self.step % recipe.validation_interval == 0 or self.step == recipe.steps:
+            if last or self.step % recipe.validation_interval == 0:
                 val_loss = self.validate()
                 validation = f"val {val_loss:.3f}"
                 self._keep_if_best(val_loss)
@@ -170,13 +166,13 @@ class Trainer:
                     metrics.write("validation", step=self.step, loss=val_loss)
             due = time.monotonic() - saved_at >= self.launch.save_interval_s
             stopping = self._any_rank(stop.came)
-            if due or stopping or self.step == recipe.steps:
+            if due or stopping or last:
                 if self.group.leads:
                     self._require_finite(float(norm))
                     self.save()
                 saved_at = time.monotonic()
-            if stopping and self.step < recipe.steps:
-                raise Interrupted(f"{self.launch.label} saved its state at step {self.step:,}")
+            if stopping and not last:
+                raise Interrupted(f"{label} saved its state at step {self.step:,}")
         if metrics:
             self._finish(metrics, out)
 
@@ -194,7 +190,7 @@ class Trainer:
         )
         for index, (ids_BT, targets_BT) in enumerate(micro_batches):
             with self._gradients_stay_local(index < self.accumulation - 1):
-                loss = self._losses(ids_BT, targets_BT).mean() / self.accumulation
+                loss = self._losses(self.network, ids_BT, targets_BT).mean() / self.accumulation
                 loss.backward()
             total += loss.detach()
         norm = clip_gradients(self.model.parameters(), self.recipe.gradient_clip)
@@ -202,13 +198,13 @@ class Trainer:
         self.step += 1
         return total, norm
 
-    def _losses(self, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def _losses(self, network: nn.Module, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
         ids_BT, targets_BT = (
             x.to(self.launch.device, non_blocking=True) for x in (ids_BT, targets_BT)
         )
         mixed = self.launch.dtype != torch.float32
         with torch.autocast(self.launch.device, self.launch.dtype, enabled=mixed):
-            losses_BT: Tensor = self.network(ids_BT, targets_BT)
+            losses_BT: Tensor = network(ids_BT, targets_BT)
         return losses_BT
 
     def _gradients_stay_local(self, yes: bool) -> contextlib.AbstractContextManager[None]:
@@ -231,18 +227,11 @@ class Trainer:
             rank=self.group.rank,
             ranks=self.group.ranks,
         )
-        network, self.network = (
-            self.network,
-            self.model,
-        )  # ranks may have different numbers of batches
-        try:
-            for ids_BT, targets_BT in batches:
-                losses_BT = self._losses(ids_BT, targets_BT)
-                totals += torch.tensor(
-                    [float(losses_BT.sum(dtype=torch.float64)), losses_BT.numel()]
-                )
-        finally:
-            self.network = network
+        for ids_BT, targets_BT in batches:
+            # The bare model: ranks may have different numbers of batches.
+            losses_BT = self._losses(self.model, ids_BT, targets_BT)
+            totals[0] += float(losses_BT.sum(dtype=torch.float64))
+            totals[1] += losses_BT.numel()
         loss, count = self.group.sum(totals).tolist()
         return float(loss / count)
 
@@ -324,6 +313,7 @@ class Trainer:
             "threads": launch.threads,
             "n_parameters": n_parameters(self.shape),
             "torch": torch.__version__,
+            "host_cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         }
         if resumed is None:
             metrics.write("start", **facts)
@@ -346,8 +336,8 @@ class Trainer:
 
     # ---- ranks agree ----
 
-    def _mean_over_ranks(self, value: Tensor) -> Tensor:
-        return self.group.sum(value.clone()) / self.group.ranks
+    def _mean_over_ranks(self, value: Tensor) -> float:
+        return float(self.group.sum(value.clone()) / self.group.ranks)
 
     def _any_rank(self, condition: bool) -> bool:
         return bool(self.group.sum(torch.tensor(int(condition))))

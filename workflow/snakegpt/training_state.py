@@ -8,6 +8,7 @@ before it is used, and a damaged one is passed over for the one before, aloud.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -92,8 +93,10 @@ class StateFolder:
         for note in notes[:-KEPT]:
             note.unlink()
             note.with_suffix(".pt").unlink(missing_ok=True)
-        steps = (json.loads(note.read_text("utf-8"))["best_step"] for note in notes[-KEPT:])
-        kept = {self.best_weights(step) for step in steps}
+        kept = set()
+        for note in notes[-KEPT:]:
+            with contextlib.suppress(ValueError, KeyError):  # a damaged note speaks of nothing
+                kept.add(self.best_weights(json.loads(note.read_text("utf-8"))["best_step"]))
         for file in set(self.folder.glob("best_*.safetensors")) - kept:
             file.unlink()
 

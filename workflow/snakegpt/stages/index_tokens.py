@@ -30,7 +30,7 @@ def index_tokens(parts: list[Path]) -> dict[str, Any]:
     """
     if not parts:
         raise UserError("--parts wants at least one part_*.json.")
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+    contents = [_read(path) for path in parts]
     tokenizer = contents[0]["tokenizer"]
     for path, content in zip(parts, contents, strict=True):
         if content["tokenizer"]["fingerprint"] != tokenizer["fingerprint"]:
@@ -66,6 +66,16 @@ def index_tokens(parts: list[Path]) -> dict[str, Any]:
         "dropped": dict(dropped),
         "replaced_bytes": sum(content["replaced_bytes"] for content in contents),
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not {"tokenizer", "splits", "dropped", "replaced_bytes"} <= content.keys():
+            raise ValueError("it lacks the fields of one")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no description of a part: {error}.") from None
+    return content
 
 
 @reports_errors

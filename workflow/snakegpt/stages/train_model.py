@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,8 @@ from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Launch, Recipe, Trainer
 from snakegpt.training_state import write_atomically
 
-REVISION = (
-    1  # bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells
-)
+# Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
+REVISION = 1
 SCIENCE = (
     "snakegpt.model",
     "snakegpt.optimizer",
@@ -87,6 +87,8 @@ def train_model(
         module = "snakegpt.stages.train_model"
         distributed.launch(module, arguments, ranks=ranks, threads=threads, environment=environment)
         return
+    if device == "cpu":
+        distributed.keep_freed_memory()
     with distributed.joined(device) as group:
         torch.set_num_threads(max(1, threads // group.ranks))
         dtype = distributed.choose_precision(training.precision, device)
@@ -149,6 +151,8 @@ def main(argv: list[str] | None = None) -> None:
             network=Path(network) if network else None,
             arguments=sys.argv[1:] if argv is None else argv,
         )
+    if args.state is None and not distributed.is_rank():
+        shutil.rmtree(args.out / ".state", ignore_errors=True)  # it has served
 
 
 if __name__ == "__main__":

