@@ -44,9 +44,7 @@ wildcard_constraints:
 
 
 def request_of(stage, wildcards):
-    return user_error_as_workflow_error(
-        PIPELINE.request, stage, dict(wildcards.items())
-    )
+    return user_error_as_workflow_error(PIPELINE.request, stage, dict(wildcards.items()))
 
 
 def inputs_of(stage):
@@ -55,8 +53,7 @@ def inputs_of(stage):
     def inputs(wildcards):
         request = request_of(stage, wildcards)
         waited_for = {
-            role: [ancient(path) for path in paths]
-            for role, paths in request.unhashed.items()
+            role: [ancient(path) for path in paths] for role, paths in request.unhashed.items()
         }
         return {**request.inputs, **waited_for}
 
@@ -112,10 +109,12 @@ def before_training(wildcards):
 
 
 def refuse_unknown_targets():
-    """Name the nearest target before Snakemake says that it misses a rule. Called last."""
+    """Name the nearest target before Snakemake says that it misses a rule. Called last.
+
+    Snakemake tells a Snakefile nothing of its targets, so they are looked for in the command line.
+    """
     rules_by_name = [rule.name for rule in workflow.rules]
-    for target in workflow.dag_settings.targets:
-        if "/" not in target and "." not in target and target not in rules_by_name:
-            raise UserError(
-                f"unknown target '{target}'.{nearest(target, rules_by_name)}"
-            )
+    for word in sys.argv[1:]:
+        if word.partition("_")[0] in TARGETS and word.isidentifier():
+            if word not in rules_by_name:
+                raise UserError(f"unknown target '{word}'.{nearest(word, rules_by_name)}")

@@ -1,5 +1,6 @@
 # A trained model's losses over the whole validation split, and its samples.
 
+
 rule evaluate_model:
     input:
         unpack(inputs_of("evaluate_model")),

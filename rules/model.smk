@@ -1,5 +1,6 @@
 # Tokens to a trained model: the plan before anything is spent, then training.
 
+
 rule plan_training:
     input:
         unpack(inputs_of("plan_training")),

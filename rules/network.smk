@@ -1,5 +1,6 @@
 # What this machine's network does for the ranks that training would use. Measures; changes no result.
 
+
 rule bench_network:
     input:
         unpack(inputs_of("bench_network")),

@@ -1,5 +1,6 @@
 # Everything about an experiment on one page, and the index of all pages.
 
+
 rule build_report:
     input:
         unpack(inputs_of("build_report")),

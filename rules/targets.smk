@@ -3,13 +3,13 @@
 
 rule all:
     default_target: True
-    localrule: True
     input:
         expand(
             "results/reports/{experiment}/report.html",
             experiment=SETTINGS.default_experiments,
         ),
         "results/reports/index.html",
+    localrule: True
 
 
 for target, result in TARGETS.items():
@@ -18,9 +18,9 @@ for target, result in TARGETS.items():
         rule:
             name:
                 f"{target}_{experiment}"
-            localrule: True
             input:
                 result.format(experiment=experiment),
+            localrule: True
 
 
 user_error_as_workflow_error(refuse_unknown_targets)

@@ -17,7 +17,27 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-WORDS = "the a cat dog sat ran on under mat tree and then so it was red blue old new".split()
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "and",
+    "then",
+    "so",
+    "it",
+    "was",
+    "red",
+    "blue",
+    "old",
+    "new",
+]
 
 DATA = {"fetch_corpus", "build_tokenizer", "encode_tokens", "index_tokens"}
 AFTER_TRAINING = {"evaluate_model", "sample_text", "build_report", "build_index"}
@@ -216,7 +236,9 @@ def test_a_change_that_gives_the_same_bytes_stops_there(project):
     before = science.read_text(encoding="utf-8")
     science.write_text(before + "\nUNUSED = 1\n", encoding="utf-8")
     try:
-        assert "snakegpt.documents, outside functions and classes: changed" in project.why("train_tiny")
+        assert "snakegpt.documents, outside functions and classes: changed" in project.why(
+            "train_tiny"
+        )
         changed = project.run()
         assert "encode_tokens" in changed.ran
         assert not changed.ran & {"index_tokens", "train_model", *AFTER_TRAINING}
@@ -256,19 +278,31 @@ def test_why_says_that_nothing_differs(project):
 def test_a_dry_run_runs_nothing(project):
     before = sorted(str(p) for p in project.folder.rglob("*") if ".snakemake" not in str(p))
     done = project.call(
-        "snakemake", "-n", "--configfile", "config.yaml", "mine.yaml", "--forceall", "--", "report_tiny"
+        "snakemake",
+        "-n",
+        "--configfile",
+        "config.yaml",
+        "mine.yaml",
+        "--forceall",
+        "--",
+        "report_tiny",
     )
     assert done.returncode == 0
     assert "train_model" in done.stdout + done.stderr
     after = sorted(str(p) for p in project.folder.rglob("*") if ".snakemake" not in str(p))
-    assert [p for p in after if "__pycache__" not in p] == [p for p in before if "__pycache__" not in p]
+    assert [p for p in after if "__pycache__" not in p] == [
+        p for p in before if "__pycache__" not in p
+    ]
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ("train_tny", ["unknown target 'train_tny'", "Nearest valid name: train_tiny"]),
-        ("results/models/nobody/weights.safetensors", ["results/models/nobody/weights.safetensors"]),
+        (
+            "results/models/nobody/weights.safetensors",
+            ["results/models/nobody/weights.safetensors"],
+        ),
     ],
 )
 def test_a_target_that_does_not_exist_is_explained(project, target, words):
@@ -305,7 +339,13 @@ def test_a_hub_out_of_reach_fails_in_seconds_with_one_message(project):
     try:
         started = time.monotonic()
         done = project.call(
-            "snakemake", "--cores", "2", "--config", "scale=full", "--", "results/corpora/fineweb_edu_10b/corpus.json"
+            "snakemake",
+            "--cores",
+            "2",
+            "--config",
+            "scale=full",
+            "--",
+            "results/corpora/fineweb_edu_10b/corpus.json",
         )
         elapsed = time.monotonic() - started
     finally:

@@ -32,7 +32,10 @@ COLOURS = {
 }
 INK, MUTED, GRID, FIRST, SECOND = COLOURS
 
-SIZE = (7.2, 3.2)  # inches; only the ratio and the relative text size show, the page scales it
+# Inches; the page scales a chart to its column, so width sets how large text is within it.
+WIDE = (7.2, 3.2)
+NARROW = (3.9, 2.5)
+STEPS = [1, 2, 2.5, 5, 10]  # round ticks
 MAX_POINTS = 400  # more than a screen shows
 
 
@@ -48,12 +51,15 @@ def thinned(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]
     ]
 
 
-def smoothed(points: Points, span: int) -> list[tuple[float, float]]:
-    """Running mean over the last `span` points."""
-    result, total = [], 0.0
-    for index, (x, y) in enumerate(points):
-        total += y - (points[index - span][1] if index >= span else 0.0)
-        result.append((x, total / min(index + 1, span)))
+def smoothed(points: Points) -> list[tuple[float, float]]:
+    """Mean over a window around each point, a thirtieth of the curve wide and narrower at its ends."""
+    reach = len(points) // 60
+    ys = [y for _, y in points]
+    result = []
+    for index, (x, _) in enumerate(points):
+        near = min(reach, index, len(points) - 1 - index)
+        window = ys[index - near : index + near + 1]
+        result.append((x, sum(window) / len(window)))
     return result
 
 
@@ -71,8 +77,7 @@ def loss_chart(
     with _figure("loss", "Training and validation loss, nats per token, by step") as (axes, svg):
         noisy = thinned(train)
         axes.plot(*_columns(noisy), color=FIRST, alpha=0.3, linewidth=0.9)
-        calm = smoothed(noisy, max(1, len(noisy) // 30))
-        axes.plot(*_columns(calm), color=FIRST, linewidth=1.8, label="training, smoothed")
+            axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8, label="training, smoothed")
         if validation:
             axes.plot(
                 *_columns(validation), color=SECOND, linewidth=1.4, marker="o", markersize=4.5,
@@ -98,7 +103,7 @@ def loss_chart(
 
 def learning_rate_chart(points: Points) -> str:
     """Learning rate over steps."""
-    with _figure("learning-rate", "Learning rate by step") as (axes, svg):
+    with _figure("learning-rate", "Learning rate by step", NARROW) as (axes, svg):
         axes.plot(*_columns(thinned(points)), color=FIRST, linewidth=1.8)
         axes.set_ylim(bottom=0)
         _label(axes, "step", "learning rate")
@@ -108,11 +113,10 @@ def learning_rate_chart(points: Points) -> str:
 
 def gradient_chart(points: Points, clip: float | None) -> str:
     """Norm of the gradient before clipping over steps."""
-    with _figure("gradient-norm", "Gradient norm before clipping, by step") as (axes, svg):
+    with _figure("gradient-norm", "Gradient norm before clipping, by step", NARROW) as (axes, svg):
         noisy = thinned(points)
         axes.plot(*_columns(noisy), color=FIRST, alpha=0.3, linewidth=0.9)
-        calm = smoothed(noisy, max(1, len(noisy) // 30))
-        axes.plot(*_columns(calm), color=FIRST, linewidth=1.8)
+            axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8)
         if clip is not None:
             axes.axhline(clip, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
             axes.annotate(
@@ -126,12 +130,12 @@ def gradient_chart(points: Points, clip: float | None) -> str:
 
 
 def throughput_chart(points: Points, planned: float | None) -> str:
-    """Tokens a second over training time, minutes."""
+    """Tokens a second over training time; points are (seconds, rate)."""
+    unit, seconds = ("minutes", 60) if points[-1][0] < 10_800 else ("hours", 3600)
     with _figure("throughput", "Throughput, tokens per second, over training time") as (axes, svg):
-        minutes = [(seconds / 60, rate) for seconds, rate in thinned(points)]
-        axes.plot(*_columns(minutes), color=FIRST, alpha=0.3, linewidth=0.9)
-        calm = smoothed(minutes, max(1, len(minutes) // 30))
-        axes.plot(*_columns(calm), color=FIRST, linewidth=1.8)
+        noisy = [(time_s / seconds, rate) for time_s, rate in thinned(points)]
+        axes.plot(*_columns(noisy), color=FIRST, alpha=0.3, linewidth=0.9)
+        axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8)
         if planned:
             axes.axhline(planned, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
             axes.annotate(
@@ -139,7 +143,7 @@ def throughput_chart(points: Points, planned: float | None) -> str:
                 xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=9,
             )  # fmt: skip
         axes.set_ylim(bottom=0)
-        _label(axes, "training time, minutes", "tokens/s")
+        _label(axes, f"training time, {unit}", "tokens/s")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return svg.text
 
@@ -185,7 +189,9 @@ class _Svg:
 
 
 @contextmanager
-def _figure(name: str, description: str) -> Iterator[tuple[Axes, _Svg]]:
+def _figure(
+    name: str, description: str, size: tuple[float, float] = WIDE
+) -> Iterator[tuple[Axes, _Svg]]:
     """Axes to draw on; at the end of the block they stand in `.text` as one <svg> element."""
     result = _Svg()
     style = {
@@ -209,14 +215,16 @@ def _figure(name: str, description: str) -> Iterator[tuple[Axes, _Svg]]:
         "legend.frameon": False,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         canvas = FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
         yield axes, result
         drawn = io.BytesIO()
-        canvas.print_svg(drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        canvas.print_svg(
+            drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     result.text = _embedded(drawn.getvalue().decode("utf-8"), name, description)
 
 
@@ -244,12 +252,14 @@ def _embedded(svg: str, name: str, description: str) -> str:
 def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
+    figure = axes.get_figure()
+    wide = figure is not None and figure.get_figwidth() > NARROW[0]
     if axes.get_xscale() == "linear":
         axes.margins(x=0.02)
-        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.xaxis.set_major_locator(MaxNLocator(7 if wide else 4, steps=STEPS))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
-        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_locator(MaxNLocator(6 if wide else 4, steps=STEPS))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))
     else:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: quantity(value)))

@@ -1,0 +1,45 @@
+"""List all experiments with their key figures on one page that leads to their reports.
+
+Reads: summary.json of each experiment. Writes: index.html, one UTF-8 file; its links lead to
+<experiment>/report.html beside it, where the reports stand under results/reports/. By hand:
+
+    python -m snakegpt.stages.build_index --summaries results/reports/*/summary.json --out /tmp/index
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from snakegpt.command import stage_parser
+from snakegpt.errors import UserError, reports_errors
+from snakegpt.pages import index_page
+from snakegpt.progress import say
+
+REVISION = 1  # bump when templates/ change: tests/test_pages.py tells
+SCIENCE = ("snakegpt.pages", "snakegpt.charts")
+
+
+def build_index(summaries: list[Path], out: Path) -> None:
+    """Write index.html to `out`."""
+    found = []
+    for path in summaries:
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"--summaries {path}: no such file.") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} is not valid JSON: {error}.") from None
+    (out / "index.html").write_text(index_page(found), encoding="utf-8")
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    args = stage_parser(__doc__, {"summaries": "summary.json of each experiment"}).parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    build_index(args.summaries, args.out)
+    say(f"{args.execution.get('label', 'build_index')}  {len(args.summaries)} experiments")
+
+
+if __name__ == "__main__":
+    main()

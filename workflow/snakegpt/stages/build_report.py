@@ -1,0 +1,118 @@
+"""Tell the whole story of an experiment on one self-contained HTML page.
+
+Reads: what the other stages wrote about the experiment (JSON and JSON lines, no weights, no shards).
+Writes: report.html, one UTF-8 file that needs no network and runs no scripts; summary.json, its key
+figures. By hand, with results/ as R:
+
+    python -m snakegpt.stages.build_report --settings @settings.json --corpus R/corpora/C/corpus.json \\
+        --tokenizer R/tokenizers/T/tokenizer.json --tokens R/tokens/C-T/manifest.json \\
+        --plan R/plans/E/plan.json --network R/networks/E/network.json \\
+        --model_config R/models/E/config.json --metrics R/models/E/metrics.jsonl \\
+        --evaluation R/evaluations/E/evaluation.json --samples R/samples/E/samples.jsonl --out /tmp/report
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from snakegpt.command import only_path, stage_parser
+from snakegpt.errors import UserError, reports_errors
+from snakegpt.identity import file_digest
+from snakegpt.pages import Evidence, report_page, summary
+from snakegpt.progress import say
+
+REVISION = 1  # bump when templates/ change: tests/test_pages.py tells
+SCIENCE = ("snakegpt.pages", "snakegpt.charts")
+
+ROLES = {
+    "corpus": "corpus.json",
+    "tokenizer": "tokenizer.json",
+    "tokens": "manifest.json of the tokens",
+    "plan": "plan.json",
+    "network": "network.json",
+    "model_config": "config.json of the model",
+    "metrics": "metrics.jsonl",
+    "evaluation": "evaluation.json",
+    "samples": "samples.jsonl",
+}
+
+
+def build_report(
+    experiment: str,
+    settings: dict[str, Any],
+    files: dict[str, Path],
+    provenance: Path | None,
+    out: Path,
+) -> None:
+    """Write report.html and summary.json to `out`.
+
+    settings    the experiment's blocks, labels included
+    files       role -> file, see ROLES
+    provenance  records of the runs behind those files; None leaves them out
+    raises      UserError if a file is damaged, or if weights and tokenizer do not belong together
+    """
+    found = {role: _read(path) for role, path in files.items()}
+    fingerprints = {
+        "the tokenizer": found["tokenizer"]["fingerprint"],
+        "the tokens": found["tokens"]["tokenizer"]["fingerprint"],
+        "the model": found["model_config"]["snakegpt"]["tokenizer_fingerprint"],
+        "the evaluation": found["evaluation"]["tokenizer_fingerprint"],
+    }
+    if len(set(fingerprints.values())) > 1:
+        told = "\n".join(f"  {what}: {value}" for what, value in fingerprints.items())
+        raise UserError(f"the results of {experiment} come from different tokenizers:\n{told}")
+    if not any(line["event"] == "end" for line in found["metrics"]):
+        raise UserError(f"{files['metrics']} has no `end`: the training has not finished.")
+    evidence = Evidence(
+        experiment=experiment,
+        settings=settings,
+        corpus=found["corpus"],
+        tokenizer=found["tokenizer"],
+        tokens=found["tokens"],
+        plan=found["plan"],
+        network=found["network"],
+        metrics=found["metrics"],
+        evaluation=found["evaluation"],
+        samples=found["samples"],
+        provenance=_read(provenance)["actions"] if provenance else None,
+        digests={role: file_digest(path) for role, path in files.items()},
+    )
+    (out / "report.html").write_text(report_page(evidence), encoding="utf-8")
+    text = json.dumps(summary(evidence), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (out / "summary.json").write_text(text, encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    """A JSON file's value, or the list of a JSON lines file."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.split("\n") if line]
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+
+
+@reports_errors
+def main(argv: list[str] | None = None) -> None:
+    args = stage_parser(__doc__, ROLES).parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    experiment = args.settings.get("experiment")
+    if not experiment or "settings" not in args.settings:
+        raise UserError('--settings wants {"experiment": NAME, "settings": {...}}.')
+    provenance = args.execution.get("provenance")
+    build_report(
+        experiment,
+        args.settings["settings"],
+        {role: only_path(getattr(args, role), role) for role in ROLES},
+        Path(provenance) if provenance else None,
+        args.out,
+    )
+    label = args.execution.get("label", "build_report")
+    say(f"{label}  {(args.out / 'report.html').stat().st_size / 1e3:.0f} kB, one page")
+
+
+if __name__ == "__main__":
+    main()
