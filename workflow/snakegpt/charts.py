@@ -77,7 +77,9 @@ def loss_chart(
     with _figure("loss", "Training and validation loss, nats per token, by step") as (axes, svg):
         noisy = thinned(train)
         axes.plot(*_columns(noisy), color=FIRST, alpha=0.3, linewidth=0.9)
-            axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8, label="training, smoothed")
+        axes.plot(
+            *_columns(smoothed(noisy)), color=FIRST, linewidth=1.8, label="training, smoothed"
+        )
         if validation:
             axes.plot(
                 *_columns(validation), color=SECOND, linewidth=1.4, marker="o", markersize=4.5,
@@ -116,7 +118,7 @@ def gradient_chart(points: Points, clip: float | None) -> str:
     with _figure("gradient-norm", "Gradient norm before clipping, by step", NARROW) as (axes, svg):
         noisy = thinned(points)
         axes.plot(*_columns(noisy), color=FIRST, alpha=0.3, linewidth=0.9)
-            axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8)
+        axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8)
         if clip is not None:
             axes.axhline(clip, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
             axes.annotate(

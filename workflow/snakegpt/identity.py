@@ -133,7 +133,8 @@ def code_of(stage: str, package: Path = PACKAGE) -> dict[str, Any]:
 
 def _module_file(module: str, package: Path) -> Path:
     path = package.joinpath(*module.split(".")[1:])
-    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    file = path.with_suffix(".py")
+    return file if file.is_file() else path / "__init__.py"
 
 
 def _parse(module: str, package: Path) -> ast.Module:
