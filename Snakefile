@@ -15,6 +15,19 @@ configfile: "config.yaml"
 
 
 include: "rules/common.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        expand(
+            "results/reports/{experiment}/report.html",
+            experiment=SETTINGS.default_experiments,
+        ),
+        "results/reports/index.html",
+    localrule: True
+
+
 include: "rules/data.smk"
 include: "rules/network.smk"
 include: "rules/model.smk"

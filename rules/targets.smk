@@ -1,17 +1,6 @@
 # Names people type. For each experiment: plan_, train_, evaluate_, sample_ and report_<name>.
 
 
-rule all:
-    default_target: True
-    input:
-        expand(
-            "results/reports/{experiment}/report.html",
-            experiment=SETTINGS.default_experiments,
-        ),
-        "results/reports/index.html",
-    localrule: True
-
-
 for target, result in TARGETS.items():
     for experiment in SETTINGS.experiments:
 

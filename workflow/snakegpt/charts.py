@@ -7,6 +7,7 @@ stays text, in the page's font. A page needs --ink, --muted, --grid, --series-1 
 from __future__ import annotations
 
 import io
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def thinned(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]
     if len(points) <= most:
         return list(points)
     edges = [round(index * len(points) / most) for index in range(most + 1)]
-    groups = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    groups = [points[a:b] for a, b in itertools.pairwise(edges)]
     return [
         (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
         for group in groups
@@ -216,7 +217,7 @@ def _figure(
         "text.color": INK,
         "legend.frameon": False,
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style):  # type: ignore[arg-type]
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         canvas = FigureCanvasSVG(figure)
@@ -255,7 +256,7 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.tick_params(which="both", length=0)
-    figure = axes.get_figure()
+    figure = axes.get_figure(root=True)
     wide = figure is not None and figure.get_figwidth() > NARROW[0]
     if axes.get_xscale() == "linear":
         axes.margins(x=0.02)

@@ -416,13 +416,13 @@ def _corpus(evidence: Evidence) -> dict[str, Any]:
         "huggingface": lambda s: f"{s['repo']} on the Hugging Face hub",
         "http": lambda s: ", ".join(s["urls"]),
         "local": lambda s: ", ".join(s["paths"]),
-    }.get(source.get("kind"), lambda s: "not stated")
+    }.get(str(source.get("kind")), lambda s: "not stated")
     validation = block.get("validation") or {}
     share = f"{validation.get('fraction', 0) * 100:g} %"
     chosen = {
         "document": f"by a hash of each document's text, {share} of them",
         "position": f"by position, the last {share} of every document",
-    }.get(validation.get("by"), "as the settings say")
+    }.get(str(validation.get("by")), "as the settings say")
     return {
         "name": block["name"],
         "description": (block.get("description") or "").rstrip("."),

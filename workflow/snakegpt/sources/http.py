@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
@@ -149,7 +149,7 @@ def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
-    raw: IO[bytes] = response.raw
+    raw: Any = response.raw
     try:
         yield from response.iter_content(CHUNK_BYTES)
     finally:
