@@ -48,14 +48,15 @@ def request_of(stage, wildcards):
 
 
 def inputs_of(stage):
-    """Named input files of a stage. What is no part of the key is `ancient`: a newer one reruns nothing."""
+    """Named input files of a stage, also those that are no part of its key.
+
+    No `ancient`: where such an input is made anew in the same run, Snakemake (9.27) compares no
+    parameters and would leave a stale result standing. A job too many costs one look-up.
+    """
 
     def inputs(wildcards):
         request = request_of(stage, wildcards)
-        waited_for = {
-            role: [ancient(path) for path in paths] for role, paths in request.unhashed.items()
-        }
-        return {**request.inputs, **waited_for}
+        return {**request.inputs, **request.unhashed}
 
     return inputs
 
@@ -103,8 +104,8 @@ GPU = 1
 def before_training(wildcards):
     """What training waits for: the plan, so that it is read before anything is spent, and the network."""
     return {
-        "plan": ancient(f"results/plans/{wildcards.experiment}/plan.json"),
-        "network": ancient(f"results/networks/{wildcards.experiment}/network.json"),
+        "plan": f"results/plans/{wildcards.experiment}/plan.json",
+        "network": f"results/networks/{wildcards.experiment}/network.json",
     }
 
 
