@@ -21,7 +21,8 @@ def user_error_as_workflow_error(function, *arguments):
 
 
 def make_pipeline():
-    settings = load_settings(config, workflow.configfiles)
+    files = dict.fromkeys(os.path.relpath(file) for file in workflow.configfiles)
+    settings = load_settings(config, list(files))
     return Pipeline(settings, read_locks("corpora.lock.json"))
 
 

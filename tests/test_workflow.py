@@ -259,7 +259,7 @@ def test_one_changed_text_is_noticed_and_named(project):
     record.unlink()
     text.write_text(before.replace("cat", "cow"), encoding="utf-8")
     try:
-        done = project.snakemake("train_tiny")
+        done = project.snakemake("results/corpora/generated/corpus.json")
         assert done.returncode != 0
         message = done.stdout + done.stderr
         assert "a.txt" in message and "expected" in message and "found" in message

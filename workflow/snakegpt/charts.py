@@ -7,11 +7,12 @@ stays text, in the page's font. A page needs --ink, --muted, --grid, --series-1 
 from __future__ import annotations
 
 import io
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from itertools import pairwise
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -45,7 +46,7 @@ def thinned(points: Points, most: int = MAX_POINTS) -> list[tuple[float, float]]
     if len(points) <= most:
         return list(points)
     edges = [round(index * len(points) / most) for index in range(most + 1)]
-    groups = [points[a:b] for a, b in itertools.pairwise(edges)]
+    groups = [points[a:b] for a, b in pairwise(edges)]
     return [
         (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
         for group in groups
@@ -197,7 +198,7 @@ def _figure(
 ) -> Iterator[tuple[Axes, _Svg]]:
     """Axes to draw on; at the end of the block they stand in `.text` as one <svg> element."""
     result = _Svg()
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # ids are hashes; without a salt they are random
         "font.family": "sans-serif",
@@ -217,7 +218,7 @@ def _figure(
         "text.color": INK,
         "legend.frameon": False,
     }
-    with matplotlib.rc_context(style):  # type: ignore[arg-type]
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=size, layout="constrained")
         figure.patch.set_alpha(0)
         canvas = FigureCanvasSVG(figure)
@@ -228,10 +229,11 @@ def _figure(
         canvas.print_svg(
             drawn, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
-    result.text = _embedded(drawn.getvalue().decode("utf-8"), name, description)
+    kind = "chart narrow" if size == NARROW else "chart"
+    result.text = _embedded(drawn.getvalue().decode("utf-8"), name, description, kind)
 
 
-def _embedded(svg: str, name: str, description: str) -> str:
+def _embedded(svg: str, name: str, description: str, kind: str) -> str:
     """A stand-alone SVG file as an element of a page: themed, scalable, named, ids unique to it."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -245,7 +247,7 @@ def _embedded(svg: str, name: str, description: str) -> str:
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view, "matplotlib writes a viewBox"
     opening = (
-        f'<svg class="chart" {view.group()} role="img" aria-label="{escape(description)}"'
+        f'<svg class="{kind}" {view.group()} role="img" aria-label="{escape(description)}"'
         ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     svg = re.sub(r"^<svg[^>]*>", opening, svg)
@@ -256,8 +258,8 @@ def _label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.tick_params(which="both", length=0)
-    figure = axes.get_figure(root=True)
-    wide = figure is not None and figure.get_figwidth() > NARROW[0]
+    figure = axes.figure
+    wide = isinstance(figure, Figure) and figure.get_figwidth() > NARROW[0]
     if axes.get_xscale() == "linear":
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(7 if wide else 4, steps=STEPS))

@@ -200,6 +200,7 @@ class Pipeline:
             # A measurement of this machine, so the machine is what identifies it.
             settings={"model": science(chosen.model), "machine": machine()},
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
+            execution={"batch_tokens": chosen.training.batch_tokens},
         )
 
     def _plan_training(self, experiment: str) -> Request:
@@ -214,7 +215,10 @@ class Pipeline:
                 "machine": machine(),
             },
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
-            execution={"corpus_bytes": locked.n_bytes if locked else None},
+            execution={
+                "corpus_bytes": locked.n_bytes if locked else None,
+                "validation_fraction": self.settings.corpus(chosen.corpus).validation.fraction,
+            },
         )
 
     def _train_model(self, experiment: str) -> Request:

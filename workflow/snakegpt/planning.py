@@ -277,7 +277,7 @@ def table(plan: Mapping[str, Any]) -> list[str]:
             f"an estimate; and {clock(plan['validation_time_estimate_s'])} of validations",
         ),
     ]
-    return [f"  {name:<15}{value:<18}{how}".rstrip() for name, value, how in rows]
+    return [f"  {name:<15}{value:<17}{how}".rstrip() for name, value, how in rows]
 
 
 def warnings(plan: Mapping[str, Any]) -> list[str]:

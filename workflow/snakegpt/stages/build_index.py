@@ -13,11 +13,11 @@ from pathlib import Path
 
 from snakegpt.command import stage_parser
 from snakegpt.errors import UserError, reports_errors
-from snakegpt.pages import index_page
+from snakegpt.pages.index import index_page
 from snakegpt.progress import say
 
 REVISION = 1  # bump when templates/ change: tests/test_pages.py tells
-SCIENCE = ("snakegpt.pages", "snakegpt.charts")
+SCIENCE = ("snakegpt.pages.index",)
 
 
 def build_index(summaries: list[Path], out: Path) -> None:

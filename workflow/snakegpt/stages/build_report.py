@@ -20,11 +20,12 @@ from typing import Any
 from snakegpt.command import only_path, stage_parser
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.identity import file_digest
-from snakegpt.pages import Evidence, report_page, summary
+from snakegpt.pages.evidence import Evidence, summary
+from snakegpt.pages.report import report_page
 from snakegpt.progress import say
 
 REVISION = 1  # bump when templates/ change: tests/test_pages.py tells
-SCIENCE = ("snakegpt.pages", "snakegpt.charts")
+SCIENCE = ("snakegpt.pages.evidence", "snakegpt.pages.report")
 
 ROLES = {
     "corpus": "corpus.json",

@@ -32,8 +32,9 @@ class Reason:
     def first(self) -> Reason:
         """The uppermost action that is not present: what everything below follows from."""
         for reason in self.upstream:
-            if reason.status in ("runs", "waits", "found"):
-                return reason.first()
+            found = reason.first()
+            if found.status != "present":
+                return found
         return self
 
     def lines(self) -> list[str]:

@@ -1,27 +1,28 @@
-"""The pages that people read: one per experiment, and the index over all of them.
-
-What is said is decided here, how it looks in `templates/`. A page is one HTML file without scripts and
-without a reference to anything outside itself. All text from corpora and models is untrusted and escaped.
-"""
+"""The page of one experiment. What it says is decided here, how it looks in `templates/`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from snakegpt import charts
+from snakegpt.pages.evidence import Evidence
+from snakegpt.pages.rendering import (
+    count,
+    figures,
+    readable,
+    readable_bytes,
+    readable_time,
+    render,
+)
 from snakegpt.progress import quantity
 
 SAMPLES_SHOWN = 8
 FILES_SHOWN = 100
-CURVE_POINTS = 60  # of the validation curve that the summary carries for the index
-SAMPLE_CHARACTERS = 400  # of the sample that the summary carries
 
 SECTIONS = (
     ("samples", "What it writes"),
@@ -33,72 +34,6 @@ SECTIONS = (
     ("reproduce", "How to get it again"),
     ("provenance", "What follows from what"),
 )
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """All that is known about an experiment, as the stages wrote it.
-
-    settings    blocks corpus, tokenizer, model, training, evaluation, sampling; description, scale
-    metrics     the lines of metrics.jsonl
-    provenance  records of the stage runs behind it, sources first; None where stages ran by hand
-    digests     input role -> sha256 of its file
-    """
-
-    experiment: str
-    settings: Mapping[str, Any]
-    corpus: Mapping[str, Any]
-    tokenizer: Mapping[str, Any]
-    tokens: Mapping[str, Any]
-    plan: Mapping[str, Any]
-    network: Mapping[str, Any]
-    metrics: Sequence[Mapping[str, Any]]
-    evaluation: Mapping[str, Any]
-    samples: Sequence[Mapping[str, Any]]
-    provenance: Sequence[Mapping[str, Any]] | None
-    digests: Mapping[str, str]
-
-    def events(self, kind: str) -> list[Mapping[str, Any]]:
-        return [line for line in self.metrics if line["event"] == kind]
-
-    @property
-    def launch(self) -> Mapping[str, Any]:
-        """How training ran, as its last start said."""
-        return [line for line in self.metrics if line["event"] in ("start", "resume")][-1]
-
-    @property
-    def end(self) -> Mapping[str, Any]:
-        return self.events("end")[-1]
-
-    @property
-    def trained_tokens(self) -> int:
-        return int(self.end["step"]) * int(self.settings["training"]["batch_tokens"])
-
-
-# ---- pages ---------------------------------------------------------------------------------------
-
-
-def summary(evidence: Evidence) -> dict[str, Any]:
-    """What the index and other programs want to know of an experiment: the figures of its best weights."""
-    best = evidence.evaluation["best"]
-    first = evidence.samples[0] if evidence.samples else {"prompt": "", "text": ""}
-    curve = [(v["step"], v["loss"]) for v in evidence.events("validation")]
-    return {
-        "experiment": evidence.experiment,
-        "description": evidence.settings.get("description", ""),
-        "corpus": evidence.settings["corpus"]["name"],
-        "tokenizer": evidence.settings["tokenizer"]["name"],
-        "loss_nats": best["loss_nats"],
-        "perplexity": best["perplexity"],
-        "bits_per_byte": best["bits_per_byte"],
-        "n_parameters": evidence.launch["n_parameters"],
-        "tokens": evidence.trained_tokens,
-        "rate_tokens_per_s": evidence.end["rate_tokens_per_s"],
-        "train_time_s": evidence.end["elapsed_s"],
-        "prompt": first["prompt"],
-        "sample": first["text"][:SAMPLE_CHARACTERS],
-        "validation_curve": [list(point) for point in charts.thinned(curve, CURVE_POINTS)],
-    }
 
 
 def report_page(evidence: Evidence) -> str:
@@ -132,18 +67,7 @@ def report_page(evidence: Evidence) -> str:
         "actions": [_action(action) for action in evidence.provenance or ()],
         "versions": _versions(evidence),
     }
-    return _environment().get_template("report.html.j2").render(context)
-
-
-def index_page(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The page over all experiments, best bits per byte first."""
-    ranked = sorted(summaries, key=lambda s: (s["bits_per_byte"], s["experiment"]))
-    experiments = []
-    for found in ranked:
-        curve = [(float(x), float(y)) for x, y in found["validation_curve"]]
-        what = f"validation loss of {found['experiment']} by step"
-        experiments.append({**found, "sparkline": Markup(charts.sparkline(curve, what))})
-    return _environment().get_template("index.html.j2").render(experiments=experiments)
+    return render("report.html.j2", **context)
 
 
 def settings_yaml(experiment: str, settings: Mapping[str, Any]) -> str:
@@ -167,67 +91,7 @@ def settings_yaml(experiment: str, settings: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=90))
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("snakegpt", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "quantity": quantity,
-        "number": lambda value: f"{value:,}",
-        "bytes": readable_bytes,
-        "fixed": lambda value, decimals: f"{value:.{decimals}f}",
-        "figures": figures,
-        "time": readable_time,
-        "visible": visible,
-    }
-    return environment
-
-
-# ---- how things are written ------------------------------------------------------------------------
-
-
-def readable_time(seconds: float) -> str:
-    """A time as people say it, to about three digits: 350 µs, 18.4 ms, 43 s, 5 min 12 s, 2 h 5 min."""
-    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1.0, 1e3, "ms"), (10.0, 1.0, "s")):
-        if seconds < limit:
-            return f"{seconds * factor:.3g} {unit}"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    minutes = round(seconds / 60)
-    if minutes < 2880:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{seconds / 86_400:.3g} days"
-
-
-def readable_bytes(n_bytes: float) -> str:
-    """Bytes with a decimal prefix: 5,057,198 -> 5.06 MB."""
-    number = quantity(n_bytes)
-    return f"{number[:-1]} {number[-1]}B" if number[-1].isalpha() else f"{number} bytes"
-
-
-def figures(value: float) -> str:
-    """About four significant digits, never in scientific notation: 94.63, 1,234, 0.001570."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
-
-
-def visible(text: str) -> str:
-    """Text whose control characters are replaced by their pictures, since HTML cannot hold them."""
-    return "".join(
-        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else "\N{SYMBOL FOR DELETE}" if c == "\x7f" else c
-        for c in text
-    )  # fmt: skip
-
-
-# ---- what the report says --------------------------------------------------------------------------
+# ---- what the page says ---------------------------------------------------------------------------
 
 
 def _lead(evidence: Evidence) -> str:
@@ -238,10 +102,16 @@ def _lead(evidence: Evidence) -> str:
     return (
         f"A GPT of {quantity(launch['n_parameters'])} parameters, trained from random weights for"
         f" {end['step']:,} steps on {evidence.settings['corpus']['name']}: it saw"
-        f" {quantity(evidence.trained_tokens)} tokens, {figures(epochs)} times the training text, in"
-        f" {readable_time(end['elapsed_s'])} on {launch['device']} with {processes}. On text it never"
+        f" {quantity(evidence.trained_tokens)} tokens, {epochs:.3g} times the training text, in"
+        f" {readable_time(end['elapsed_s'])} on {_machine(evidence)}, in {processes}. On text it never"
         f" saw, its best weights need {best['bits_per_byte']:.3f} bits for a byte."
     )
+
+
+def _machine(evidence: Evidence) -> str:
+    device = str(evidence.launch["device"])
+    processor = evidence.network["machine"].get("processor")
+    return f"a CPU ({processor})" if device == "cpu" and processor else device.replace("cpu", "CPU")
 
 
 def _headline(evidence: Evidence) -> list[dict[str, str]]:
@@ -264,11 +134,11 @@ def _headline(evidence: Evidence) -> list[dict[str, str]]:
 
 
 def _how_it_ended(sample: Mapping[str, Any]) -> str:
-    count = f"{len(sample['ids']):,} tokens"
+    length = count(len(sample["ids"]), "token")
     if not sample["prompt"].strip():
-        count = f"From the start of a document, {count}"
+        length = f"From the start of a document, {length}"
     ended = "ended by itself" if sample["finish_reason"] == "end_of_text" else "cut at the limit"
-    return f"{count}, {ended}."
+    return f"{length}, {ended}."
 
 
 def _charts(evidence: Evidence) -> dict[str, str]:
@@ -312,7 +182,7 @@ def _interruptions(evidence: Evidence) -> str:
 
 
 def _resume(event: Mapping[str, Any]) -> str:
-    where = f"{event['ranks']} x {event['device']}, " if "ranks" in event else ""
+    where = f"{event['ranks']} × {event['device']}, " if "ranks" in event else ""
     return f"resumed at step {event['step']:,} ({where}{event.get('precision', '')})".replace(
         ", )", ")"
     )
@@ -374,15 +244,15 @@ def _comparison(evidence: Evidence) -> list[dict[str, str]]:
             "epochs",
             plan["epochs_estimate"],
             evidence.trained_tokens / train_tokens if train_tokens else None,
-            figures,
+            lambda n: f"{n:.3g}" if n < 1000 else f"{n:,.0f}",
         ),
         row("parameters", plan["n_parameters"], launch["n_parameters"], lambda n: f"{n:,}"),
     ]
     shapes = [
-        " x ".join(str(of[name]) for name in ("ranks", "rows_per_rank", "accumulation"))
+        " × ".join(str(of[name]) for name in ("ranks", "rows_per_rank", "accumulation"))
         for of in (plan, launch)
     ]
-    name = "processes x rows x accumulated"
+    name = "processes × rows × accumulated"
     return [*rows, {"name": name, "planned": shapes[0], "actual": shapes[1], "ratio": ""}]
 
 
@@ -390,9 +260,9 @@ def _arithmetic(evidence: Evidence) -> str:
     plan, end, launch = evidence.plan, evidence.end, evidence.launch
     reached = end["rate_tokens_per_s"] * plan["flops_per_token"]
     text = (
-        f"A token costs {quantity(plan['flops_per_token'])}FLOP (6N + 12LCT, as nanoGPT and PaLM count),"
-        f" so training ran at {quantity(reached)}FLOP/s, {reached / plan['matmul_flops_per_s']:.0%} of"
-        f" the {quantity(plan['matmul_flops_per_s'])}FLOP/s that matrix products alone reached here in"
+        f"A token costs {readable(plan['flops_per_token'], 'FLOP')} (6N + 12LCT, as nanoGPT and PaLM count),"
+        f" so training ran at {readable(reached, 'FLOP/s')}, {reached / plan['matmul_flops_per_s']:.0%} of"
+        f" the {readable(plan['matmul_flops_per_s'], 'FLOP/s')} that matrix products alone reached here in"
         f" {plan['precision']}."
     )
     if launch["precision"] != plan["precision"]:
@@ -411,7 +281,7 @@ def _corpus(evidence: Evidence) -> dict[str, Any]:
     source = block.get("source") or {}
     where = {
         "registry": lambda s: (
-            f"the archive of {s['package']} on the package registry {s['registry']}"
+            f"the archive of {s['package']} on the {s['registry']} package registry"
         ),
         "huggingface": lambda s: f"{s['repo']} on the Hugging Face hub",
         "http": lambda s: ", ".join(s["urls"]),
@@ -430,6 +300,7 @@ def _corpus(evidence: Evidence) -> dict[str, Any]:
         "source": where(source),
         "validation": chosen,
         "files": files,
+        "n_files": count(len(files), "file"),
         "bytes": sum(file["bytes"] for file in files),
     }
 
@@ -445,12 +316,10 @@ def _tokens(evidence: Evidence) -> dict[str, Any]:
         for name, split in sorted(evidence.tokens["splits"].items())
     ]
     dropped = evidence.tokens.get("dropped") or {}
-    remarks = [
-        f"{count:,} {kind} documents were dropped" for kind, count in dropped.items() if count
-    ]
+    remarks = [f"dropped: {count(n, f'{kind} document')}" for kind, n in dropped.items() if n]
     replaced = evidence.tokens.get("replaced_bytes")
     if replaced:
-        remarks.append(f"{replaced:,} bytes that were no UTF-8 were replaced by U+FFFD")
+        remarks.append(f"replaced by U+FFFD: {count(replaced, 'byte')} of invalid UTF-8")
     text = "; ".join(remarks)
     return {"splits": splits, "remarks": f"{text[0].upper()}{text[1:]}." if text else ""}
 
@@ -531,8 +400,8 @@ def _chain(evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def _action(action: Mapping[str, Any]) -> dict[str, Any]:
-    finished = str(action.get("finished", "")).replace("T", " ").replace("+00:00", " UTC")
-    return {**action, "finished": finished}
+    finished = str(action.get("finished", ""))  # ISO 8601, UTC
+    return {**action, "finished": finished[:16].replace("T", " ")}
 
 
 def _versions(evidence: Evidence) -> str:

@@ -1,0 +1,74 @@
+"""The bench_network stage as the runner calls it: real ranks over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from snakegpt.network import message_sizes
+
+MODEL = {"layers": 1, "heads": 2, "channels": 64, "context": 32, "vocabulary_multiple": 4}
+N_VOCAB = 1001
+# 1,004 x 64 + 32 x 64 embeddings, 12 C^2 + 13 C of the block, 2 C of the last norm
+GRADIENT_BYTES = 4 * (1004 * 64 + 32 * 64 + 12 * 64**2 + 13 * 64 + 2 * 64)
+
+
+@pytest.fixture
+def bench(tmp_path):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(json.dumps({"kind": "char", "n_vocab": N_VOCAB}), encoding="utf-8")
+    settings = json.dumps({"model": MODEL, "machine": {"host": "here"}})
+
+    def run(**execution):
+        out = tmp_path / "out"
+        command = [sys.executable, "-m", "snakegpt.stages.bench_network", "--settings", settings]
+        command += ["--execution", json.dumps({"device": "cpu", "label": "bench", **execution})]
+        command += ["--tokenizer", str(tokenizer), "--out", str(out)]
+        # Without iperf3, so that the test says the same everywhere.
+        environment = {**os.environ, "PATH": os.path.dirname(sys.executable)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        found = out / "network.json"
+        return done, json.loads(found.read_text("utf-8")) if found.exists() else None
+
+    return run
+
+
+def test_two_ranks_are_measured_up_to_the_gradients(bench):
+    done, found = bench(ranks=2, threads=2, batch_tokens=256)
+    assert done.returncode == 0, done.stderr
+    assert found["gradient_bytes"] == GRADIENT_BYTES
+    assert found["ranks"] == 2
+    assert found["backend"] == "gloo"
+    assert found["machine"] == {"host": "here"}
+    assert [row["bytes"] for row in found["all_reduce"]] == message_sizes(GRADIENT_BYTES)
+    for row in found["all_reduce"]:
+        assert row["n_wrong"] == 0
+        assert row["algbw_gb_per_s"] == pytest.approx(row["bytes"] / row["time_s"] / 1e9)
+        assert row["busbw_gb_per_s"] == pytest.approx(row["algbw_gb_per_s"])  # 2 (n - 1) / n = 1
+    assert 0 < found["latency_s"] < 1
+    assert found["environment"] == {"GLOO_SOCKET_IFNAME": found["interface"]["name"]}
+    assert found["interface"]["loopback"]
+    assert found["iperf3"] is None
+    assert found["reason"] == {"iperf3": "iperf3 is not installed"}
+    assert all(name in " ".join(found["advice"]) for name in found["environment"])
+
+
+def test_one_rank_has_nothing_to_sum_and_says_so(bench):
+    done, found = bench(ranks=1)
+    assert done.returncode == 0, done.stderr
+    assert found["ranks"] == 1
+    assert found["all_reduce"] == []
+    assert found["latency_s"] is None
+    assert "one process" in found["reason"]["all_reduce"]
+    assert found["environment"] == {}
+
+
+def test_ranks_that_training_could_not_use_are_refused(bench):
+    done, found = bench(ranks=3, batch_tokens=256)
+    assert done.returncode == 2
+    assert "does not divide" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert found is None

@@ -1,0 +1,92 @@
+"""build_report as a stage: the figures shown are those of the inputs, and what cannot be told is said."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import report_fixtures
+from snakegpt.stages import build_report
+
+
+def run(tmp_path, *, provenance=True, change=None, **changes):
+    files = report_fixtures.results(tmp_path / "in", **changes)
+    if change:
+        role, edit = change
+        value = json.loads(files[role].read_text(encoding="utf-8"))
+        edit(value)
+        files[role].write_text(json.dumps(value), encoding="utf-8")
+    execution = {"label": "build_report gpt2"}
+    if provenance:
+        chain = tmp_path / "provenance.json"
+        chain.write_text(json.dumps(report_fixtures.provenance()), encoding="utf-8")
+        execution["provenance"] = str(chain)
+    settings = {"experiment": "gpt2", "settings": report_fixtures.settings()}
+    arguments = ["--settings", json.dumps(settings), "--execution", json.dumps(execution)]
+    for role, path in files.items():
+        arguments += [f"--{role}", str(path)]
+    build_report.main([*arguments, "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    return page, json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
+
+
+def text_of(page):
+    return " ".join(re.sub(r"<[^>]+>", " ", page).split())
+
+
+def test_the_numbers_shown_are_those_of_the_inputs(tmp_path):
+    page, summary = run(tmp_path)
+    text = text_of(page)
+    best = report_fixtures.score(4.6517)
+    assert "4.6517 ± 0.0081" in text and "4.6713 ± 0.0081" in text
+    assert f"{best['bits_per_byte']:.4f}" in text
+    assert "7,248,640" in text  # parameters
+    assert "1,487,659" in text and "78,384" in text  # tokens of the splits
+    assert summary["loss_nats"] == 4.6517
+    assert summary["bits_per_byte"] == best["bits_per_byte"]
+    assert summary["tokens"] == 300 * 4096
+    assert summary["experiment"] == "gpt2"
+
+
+def test_the_plan_stands_beside_what_happened(tmp_path):
+    page, summary = run(tmp_path)
+    ratio = summary["train_time_s"] / 166.05
+    assert re.search(rf"training time 2 min 46 s .{{1,20}} {ratio:.2f}", text_of(page))
+
+
+def test_the_chain_shows_short_digests_and_holds_whole_ones(tmp_path):
+    page, _ = run(tmp_path)
+    trained = next(
+        a for a in report_fixtures.provenance()["actions"] if a["stage"] == "train_model"
+    )
+    for sha256 in trained["outputs"]["weights.safetensors"], report_fixtures.FINGERPRINT:
+        assert f'title="{sha256}">{sha256[:12]}<' in page
+    assert f"git checkout {report_fixtures.COMMIT}" in page
+
+
+def test_without_provenance_the_page_says_so(tmp_path):
+    page, _ = run(tmp_path, provenance=False)
+    assert "run by hand" in page
+    assert "not recorded" in page
+    assert "git checkout" not in page
+
+
+def test_a_resumed_training_says_where(tmp_path):
+    page, _ = run(tmp_path, resumed_at=120)
+    assert "interrupted once" in text_of(page)
+    assert "resumed at step 120" in text_of(page)
+
+
+def test_one_process_has_no_bandwidth_and_says_why(tmp_path):
+    page, _ = run(tmp_path, ranks=1)
+    assert "one process" in text_of(page)
+    assert "bus bandwidth" not in page
+
+
+def test_results_of_different_tokenizers_are_refused(tmp_path, capsys):
+    other = ("evaluation", lambda value: value.update(tokenizer_fingerprint="0" * 64))
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, change=other)
+    assert stopped.value.code == 2
+    assert "different tokenizers" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""The pages that people read: one per experiment, and the index over all of them."""
