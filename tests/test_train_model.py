@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from snakegpt.huggingface_format import load_model
 from snakegpt.stages import train_model
@@ -208,13 +209,16 @@ def test_cuda_asked_for_where_there_is_none_is_refused(manifest, tmp_path, capsy
     assert "available: " in refusal(capsys, manifest, tmp_path, device="cuda")
 
 
+def test_a_validation_split_without_a_target_is_refused(tmp_path, capsys):
+    empty = tokens(tmp_path / "empty", n_val=1)
+    assert "no token to predict" in refusal(capsys, empty, tmp_path)
+
+
 def test_shards_that_are_not_the_manifests_are_refused(manifest, tmp_path, capsys):
     first = manifest.parent / "train_000000.bin"
     content = first.read_bytes()
     first.write_bytes(content[:-2])
     assert "train_000000.bin has" in refusal(capsys, manifest, tmp_path)
-    import numpy as np
-
     shard(first, np.frombuffer(content[1024:], dtype="<u2"), "cd" * 32)
     said = refusal(capsys, manifest, tmp_path)
     assert "cd" * 32 in said and "ab" * 32 in said

@@ -79,6 +79,8 @@ def train_model(
     device = distributed.choose_device(execution.device)
     ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
     train, validation = (open_split(tokens, manifest, split) for split in ("train", "val"))
+    if len(validation) < 2:
+        raise UserError(f"the validation split of {tokens} has no token to predict.")
     if ranks > 1 and not distributed.is_rank():
         environment = {}
         if network and network.exists() and execution.network_environment:
