@@ -95,7 +95,7 @@ def arguments_of(stage):
     return arguments
 
 
-# Ranks beyond eight on one CPU only divide small batches further (see distributed.resolve_ranks).
+# Ranks beyond eight on one CPU only divide small batches further (see distributed.choose_ranks).
 TRAINING_THREADS = 8
 
 # A stage that uses GPUs uses all of a machine's; the profile's limit of one lets one run at a time.

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "workflow" / "snakegpt"
 
 LAYERS = [
     {
+        "durable",
         "errors",
         "progress",
         "settings",
@@ -27,7 +28,7 @@ LAYERS = [
         "demo",
     },
     {"command", "sources", "documents", "tokenizers", "shards"},
-    {"model", "huggingface_format", "optimizer", "distributed", "batches", "tokens"},
+    {"model", "huggingface_format", "optimizer", "distributed", "batches", "placement", "tokens"},
     {
         "training_state",
         "trainer",

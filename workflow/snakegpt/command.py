@@ -99,6 +99,12 @@ def block(model: type[Block], values: Mapping[str, Any] | None, where: str) -> B
         raise UserError("\n".join(lines)) from None
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write an artefact's JSON in the one form that equal values have equal bytes in."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
 class How(NamedTuple):
     """How a stage is to run: its execution settings, and what the runner and the rule add to them.
 

@@ -3,7 +3,7 @@
     key = sha256(canonical JSON of {stage, science settings, code, input contents})
 
 Nothing here knows of paths, devices, hosts or time. Prior art: Bazel's action key, DVC's run cache;
-what Marin's executor taught about placement leaking into hashes (workflow docs, docs/addressing.md).
+what Marin's executor taught about placement leaking into hashes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ NOT_SCIENCE = frozenset(
     for module in (
         "",
         ".command",
+        ".durable",
         ".errors",
         ".identity",
         ".pipeline",

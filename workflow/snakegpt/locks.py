@@ -23,11 +23,12 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from snakegpt.durable import write_atomically
 from snakegpt.errors import UserError
 
 FORMAT = 1
@@ -171,18 +172,7 @@ def put(path: str | Path, entries: Mapping[str, Entry]) -> None:
         text = json.dumps(
             {"format": FORMAT, "corpora": corpora}, indent=2, sort_keys=True, ensure_ascii=False
         )
-        _replace(path, lambda part: part.write_text(text + "\n", encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+        write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
 
 
 @contextlib.contextmanager

@@ -100,6 +100,7 @@ class Pipeline:
     def __init__(self, settings: Settings, locks: Mapping[str, Entry]) -> None:
         self.settings = settings
         self.locks = locks
+        self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     def request(self, stage: str, wildcards: Mapping[str, str]) -> Request:
         """The run of a stage for some wildcards.
@@ -122,6 +123,11 @@ class Pipeline:
 
     def parts(self, corpus: str) -> dict[str, list[dict[str, Any]]]:
         """Part id -> locked files, filled in lock order up to part_bytes; known before any download."""
+        if corpus not in self._parts:  # asked for by every job of every part
+            self._parts[corpus] = self._divide(corpus)
+        return self._parts[corpus]
+
+    def _divide(self, corpus: str) -> dict[str, list[dict[str, Any]]]:
         locked = self.lock(corpus)
         if locked is None:
             return {UNLOCKED_PART: []}

@@ -24,12 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from snakegpt.batches import TokenStream, TrainingBatches, sequential_batches
 from snakegpt.distributed import Group, StopRequest
+from snakegpt.durable import write_atomically
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.huggingface_format import save_weights
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import Schedule, clip_gradients, make_adamw, set_learning_rate
 from snakegpt.progress import Progress, quantity, say
-from snakegpt.training_state import Metrics, StateFolder, write_atomically
+from snakegpt.training_state import Metrics, StateFolder
 
 
 @dataclass(frozen=True)

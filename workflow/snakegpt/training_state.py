@@ -9,17 +9,17 @@ before it is used, and a damaged one is passed over for the one before, aloud.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from snakegpt.durable import write_atomically
 from snakegpt.errors import UserError
+from snakegpt.identity import file_digest
 from snakegpt.progress import quantity, say
 
 KEPT = 2
@@ -53,7 +53,7 @@ class StateFolder:
             "step": step,
             "best_step": state["best_step"],
             "bytes": file.stat().st_size,
-            "sha256": _digest(file),
+            "sha256": file_digest(file),
         }
         text = json.dumps(note, indent=2, sort_keys=True) + "\n"
         write_atomically(file.with_suffix(".json"), lambda path: path.write_text(text, "utf-8"))
@@ -132,35 +132,12 @@ def _lines_up_to(path: Path, step: int) -> Iterable[str]:
             yield line
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, then give it its name."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name as well
-    finally:
-        os.close(folder)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _damage(file: Path, note_file: Path) -> str | None:
     try:
         note = json.loads(note_file.read_text("utf-8"))
         size = file.stat().st_size
         if size != note["bytes"]:
             return f"{size:,} bytes instead of {note['bytes']:,}"
-        return None if _digest(file) == note["sha256"] else "its sha256 is not the one noted"
+        return None if file_digest(file) == note["sha256"] else "its sha256 is not the one noted"
     except (OSError, ValueError, KeyError) as error:
         return f"{type(error).__name__}: {error}"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
@@ -136,7 +134,7 @@ def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
         check_disk(part.parent, int(expected or 0), public(url))
         n_bytes = 0
         with part.open(mode) as sink:
-            for chunk in _chunks(response):
+            for chunk in response.iter_content(CHUNK_BYTES):
                 digest.update(chunk)
                 sink.write(chunk)
                 n_bytes += len(chunk)
@@ -146,15 +144,6 @@ def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
             f"the connection ended after {n_bytes:,} of {int(expected):,} bytes"
         )
     return digest.hexdigest(), start + n_bytes
-
-
-def _chunks(response: requests.Response) -> Iterator[bytes]:
-    raw: Any = response.raw
-    try:
-        yield from response.iter_content(CHUNK_BYTES)
-    finally:
-        with contextlib.suppress(OSError):
-            raw.close()
 
 
 def _passing(error: requests.RequestException) -> bool:

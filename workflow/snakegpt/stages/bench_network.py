@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from snakegpt import distributed, network
-from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
-from snakegpt.model import Shape, n_parameters, padded_vocabulary
+from snakegpt.model import n_parameters
 from snakegpt.network_interfaces import interface_towards
+from snakegpt.placement import shape_of
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Execution, Model
 
@@ -56,15 +57,7 @@ def bench_network(
     raises        UserError if a sum came out wrong: no training on this machine can be trusted then
     """
     described = json.loads(tokenizer.read_text(encoding="utf-8"))
-    shape = Shape(
-        vocabulary=padded_vocabulary(described["n_vocab"], model.vocabulary_multiple),
-        layers=model.layers,
-        heads=model.heads,
-        channels=model.channels,
-        context=model.context,
-        bias=model.bias,
-    )
-    gradient_bytes = 4 * n_parameters(shape)
+    gradient_bytes = 4 * n_parameters(shape_of(model, described["n_vocab"]))
     device = distributed.choose_device(execution.device)
     rows = max(1, batch_tokens // model.context) if batch_tokens else DIVISIBLE_ROWS
     ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
@@ -110,8 +103,7 @@ def bench_network(
         "environment": environment,
         "advice": advice + network.findings(gradient_bytes, curve, latency_s),
     }
-    text = json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (out / "network.json").write_text(text, encoding="utf-8")
+    write_json(out / "network.json", result)
     for line in (*result["advice"], *(f"{what}: {why}" for what, why in reason.items())):
         say(f"{label}  {line}")
     wrong = sum(row["n_wrong"] for row in curve)

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from snakegpt.command import only_path, stage_parser
+from snakegpt.command import only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.identity import file_digest
 from snakegpt.pages.evidence import Evidence, summary
@@ -81,8 +81,7 @@ def build_report(
         digests={role: file_digest(path) for role, path in files.items()},
     )
     (out / "report.html").write_text(report_page(evidence), encoding="utf-8")
-    text = json.dumps(summary(evidence), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (out / "summary.json").write_text(text, encoding="utf-8")
+    write_json(out / "summary.json", summary(evidence))
 
 
 def _read(path: Path) -> Any:

@@ -12,7 +12,6 @@ part_<part>.json, which says what they hold. Every document starts with the end-
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.documents import Counts, TextSettings, read_documents
 from snakegpt.errors import reports_errors
 from snakegpt.progress import Progress, quantity
@@ -80,8 +79,7 @@ def encode_tokens(
         "dropped": dict(counts.dropped),
         "replaced_bytes": counts.replaced_bytes,
     }
-    content = json.dumps(description, indent=2, sort_keys=True) + "\n"
-    (out / f"part_{part}.json").write_text(content, encoding="utf-8")
+    write_json(out / f"part_{part}.json", description)
 
 
 def split_document(document: str, validation: Validation) -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ bits_per_byte. By hand:
 
 from __future__ import annotations
 
+import filecmp
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.distributed import choose_device, keep_freed_memory
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.evaluation import Score, evaluate
@@ -90,7 +91,7 @@ def evaluate_model(
         return found
 
     last = score(weights, "last weights")
-    same = weights.read_bytes() == best.read_bytes()
+    same = filecmp.cmp(weights, best, shallow=False)
     lowest = last if same else score(best, "best weights")
     result = {
         "split": "val",
@@ -100,8 +101,7 @@ def evaluate_model(
         "best": _scores(lowest),
         "tokenizer_fingerprint": fingerprint,
     }
-    text = json.dumps(result, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (out / "evaluation.json").write_text(text, encoding="utf-8")
+    write_json(out / "evaluation.json", result)
 
 
 def _scores(score: Score) -> dict[str, Any]:

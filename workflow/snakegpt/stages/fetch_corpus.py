@@ -11,14 +11,13 @@ was found is to be looked at and committed. By hand:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from snakegpt import locks
-from snakegpt.command import how_to_run, stage_parser
+from snakegpt.command import how_to_run, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.progress import quantity
 from snakegpt.settings import Source
@@ -56,10 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     files = args.out / "files"
     kinds.fetch(name, source, entry, files, workers=workers, label=how.label, interval_s=interval_s)
-    content = json.dumps(
-        {"files": args.settings["files"]}, indent=2, sort_keys=True, ensure_ascii=False
-    )
-    (args.out / "corpus.json").write_text(content + "\n", encoding="utf-8")
+    write_json(args.out / "corpus.json", {"files": args.settings["files"]})
 
 
 if __name__ == "__main__":

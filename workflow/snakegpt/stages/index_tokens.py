@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from snakegpt.command import stage_parser
+from snakegpt.command import stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 
 REVISION = 1
@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     args = stage_parser(__doc__, {"parts": "part_*.json of all parts, in order"}).parse_args(argv)
     manifest = index_tokens(args.parts)
     args.out.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-    (args.out / "manifest.json").write_text(content, encoding="utf-8")
+    write_json(args.out / "manifest.json", manifest)
 
 
 if __name__ == "__main__":

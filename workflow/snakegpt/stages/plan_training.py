@@ -19,9 +19,10 @@ import psutil
 import torch
 
 from snakegpt import distributed, planning
-from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
-from snakegpt.model import Shape, choose_kernel, padded_vocabulary
+from snakegpt.model import Shape
+from snakegpt.placement import choose_passes, shape_of
 from snakegpt.progress import say
 from snakegpt.settings import Execution, Model, Training, Validation
 
@@ -47,15 +48,7 @@ def plan_training(
     raises        UserError if settings and machine do not fit each other, or the disk is too small
     """
     described = json.loads(tokenizer.read_text(encoding="utf-8"))
-    shape = Shape(
-        vocabulary=padded_vocabulary(described["n_vocab"], model.vocabulary_multiple),
-        layers=model.layers,
-        heads=model.heads,
-        channels=model.channels,
-        context=model.context,
-        dropout=model.dropout,
-        bias=model.bias,
-    )
+    shape = shape_of(model, described["n_vocab"])
     placement = _place(model, training, execution, shape, threads)
     torch.set_num_threads(placement.threads * placement.ranks)
     say(f"{label}  measures matrix products on {placement.device}")
@@ -80,8 +73,7 @@ def plan_training(
     planning.refuse_what_cannot_fit(plan["disk_bytes"], disk.free, disk.total, "this disk")
     for warning in planning.warnings(plan):
         say(f"  warning: {warning}")
-    text = json.dumps(plan, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (out / "plan.json").write_text(text, encoding="utf-8")
+    write_json(out / "plan.json", plan)
     return plan
 
 
@@ -98,24 +90,16 @@ def _place(
         )
     device = distributed.choose_device(execution.device)
     ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
-    dtype = distributed.choose_precision(training.precision, device)
-    micro_rows = distributed.choose_micro_rows(
-        execution.rows_per_rank,
-        device=device,
-        share=rows // ranks,
-        context=model.context,
-        vocabulary=shape.vocabulary,
-        width=model.layers * model.channels,
-    )
-    chosen = execution.attention
+    share = rows // ranks
+    passes = choose_passes(training, execution, shape, device=device, share=share)
     return planning.Placement(
         device=device,
-        precision=str(dtype).removeprefix("torch."),
+        precision=str(passes.dtype).removeprefix("torch."),
         ranks=ranks,
-        rows_per_rank=micro_rows,
-        accumulation=rows // ranks // micro_rows,
+        rows_per_rank=passes.micro_rows,
+        accumulation=share // passes.micro_rows,
         threads=max(1, threads // ranks),
-        attention=choose_kernel(device, dtype, model.context) if chosen == "auto" else chosen,
+        attention=passes.kernel,
     )
 
 

@@ -14,23 +14,20 @@ The number of processes comes from --execution '{"ranks": 2}'; they are started 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from snakegpt import distributed
-from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
-from snakegpt.model import Shape, choose_kernel, padded_vocabulary
+from snakegpt.placement import choose_passes, shape_of
 from snakegpt.settings import Execution, Model, Training
 from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Launch, Recipe, Trainer
-from snakegpt.training_state import write_atomically
 
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
 REVISION = 1
@@ -62,15 +59,7 @@ def train_model(
     """
     manifest = read_manifest(tokens)
     vocabulary = manifest["tokenizer"]["n_vocab"]
-    shape = Shape(
-        vocabulary=padded_vocabulary(vocabulary, model.vocabulary_multiple),
-        layers=model.layers,
-        heads=model.heads,
-        channels=model.channels,
-        context=model.context,
-        dropout=model.dropout,
-        bias=model.bias,
-    )
+    shape = shape_of(model, vocabulary)
     rows = training.batch_tokens // model.context
     if rows * model.context != training.batch_tokens or model.channels % model.heads:
         raise UserError(
@@ -93,22 +82,15 @@ def train_model(
         distributed.keep_freed_memory()
     with distributed.joined(device) as group:
         torch.set_num_threads(max(1, threads // group.ranks))
-        dtype = distributed.choose_precision(training.precision, device)
-        chosen = execution.attention
+        share = rows // group.ranks
+        passes = choose_passes(training, execution, shape, device=device, share=share)
         launch = Launch(
             label=label,
             device=device,
-            dtype=dtype,
-            kernel=choose_kernel(device, dtype, model.context) if chosen == "auto" else chosen,
+            dtype=passes.dtype,
+            kernel=passes.kernel,
             compiled=device == "cuda" if execution.compiled == "auto" else execution.compiled,
-            micro_rows=distributed.choose_micro_rows(
-                execution.rows_per_rank,
-                device=device,
-                share=rows // group.ranks,
-                context=model.context,
-                vocabulary=shape.vocabulary,
-                width=model.layers * model.channels,
-            ),
+            micro_rows=passes.micro_rows,
             threads=torch.get_num_threads(),
             log_interval_s=execution.log_interval_s,
             save_interval_s=execution.save_interval_s,
@@ -125,12 +107,7 @@ def train_model(
                 tokenizer_fingerprint=fingerprint,
                 model=model.model_dump(),
             )
-            _write_json(out / "config.json", config)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+            write_json(out / "config.json", config)
 
 
 @reports_errors
@@ -158,5 +135,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from snakegpt.durable import sync, write_atomically
 from snakegpt.errors import UserError
 from snakegpt.identity import file_digest
 
@@ -79,23 +80,20 @@ class Store:
         if self.holds(sha256, n_bytes):
             path.unlink()
         else:
-            _sync(path)
+            sync(path)
             path.chmod(0o444)
             target = self.object_path(sha256)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-            _sync(target.parent)
+            sync(target.parent)
         return {"sha256": sha256, "bytes": n_bytes}
 
     def record(self, key: str, record: Mapping[str, Any]) -> None:
         """Write an action's record; from here on its outputs are found by look-up."""
         path = self.action_path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        _sync(aside)
-        os.replace(aside, path)
-        _sync(path.parent)
+        text = json.dumps(record, indent=1, sort_keys=True) + "\n"
+        write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
     def look_up(self, key: str) -> dict[str, Any] | None:
         """An action's record if it is readable and every object it names is whole, else None (a miss)."""
@@ -159,11 +157,3 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("outputs"), dict) else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
