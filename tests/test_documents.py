@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -124,6 +125,8 @@ def test_a_missing_column_names_those_there_are(tmp_path):
         ("a.txt.zst", b"no zstandard", "is damaged"),
         ("a.parquet", b"PAR1 no parquet PAR1", "is damaged or no parquet"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", "line 1 is no JSON"),
+        ("a.jsonl", b'{"n": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n", "line 1 is no JSON"),
         ("a.jsonl", b"[1]\n", "it is a list"),
         ("a.jsonl", b'{"text": 3}\n', "'text' is a int, text is wanted"),
     ],
@@ -132,6 +135,18 @@ def test_a_damaged_file_is_refused(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         documents(file(tmp_path, name, content))
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "width"), [(pa.string(), "<i4"), (pa.large_string(), "<i8")])
+def test_invalid_utf8_in_a_parquet_string_follows_the_policy(tmp_path, kind, width):
+    offsets, content = np.array([0, 2, 5], width).tobytes(), b"okz\xff\xfe"
+    values = pa.Array.from_buffers(kind, 2, [None, pa.py_buffer(offsets), pa.py_buffer(content)])
+    table, counts = tmp_path / "a.parquet", Counts()
+    pq.write_table(pa.table({"text": values}), table)
+    with pytest.raises(UserError, match=r"a\.parquet, row 2 is not valid UTF-8 at byte 1 \(0xff"):
+        documents(table)
+    assert documents(table, counts, encoding_errors="replace") == ["ok", "z\ufffd\ufffd"]
+    assert counts.replaced_bytes == 2
 
 
 def test_all_frames_of_a_zstandard_file_are_read(tmp_path):

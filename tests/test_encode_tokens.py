@@ -147,3 +147,12 @@ def test_a_million_spaces_in_a_corpus_do_not_stop_it(tmp_path):
     assert done.returncode == 0, done.stderr
     n_tokens = [len(ids_of(out / name)) for name in ("train_000007.bin", "val_000007.bin")]
     assert sum(n_tokens) == 1_000_001 + 2
+
+
+def test_a_raw_file_that_is_not_the_locked_one_is_refused(tmp_path):
+    locked = [pin("a.txt", b"abc")]
+    done, _ = encode(tmp_path, {"a.txt": b"abd"}, {"files": locked, "validation": POSITION})
+    assert done.returncode == 2
+    assert "a.txt is not the file that was locked" in done.stderr
+    assert locked[0]["sha256"] in done.stderr
+    assert hashlib.sha256(b"abd").hexdigest() in done.stderr

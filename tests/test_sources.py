@@ -124,7 +124,15 @@ def test_a_dropped_connection_is_taken_up_again(tmp_path, has_ranges):
         entry = locks.Entry(source.model_dump(), (locks.File(*expected({"a.txt": BIG})[0]),))
         assert fetch(source, entry, tmp_path / "out") == {"a.txt": BIG}
     assert len(server.asked) == 3
-    assert server.asked[:2] == ["", f"bytes={1 << 20}-"]  # what came in whole pieces is kept
+    assert server.asked[:2] == ["", "bytes=1500000-"]  # every byte that came is kept
+
+
+def test_a_download_that_moves_on_may_break_more_often_than_one_that_does_not(tmp_path):
+    server = FileServer({"a.txt": BIG}, drops=[100_000] * (2 * http.ATTEMPTS))
+    with serving(server):
+        entry = lock(web(server, "a.txt"))
+    assert pins(entry) == expected({"a.txt": BIG})
+    assert len(server.asked) == 2 * http.ATTEMPTS + 1
 
 
 def test_an_overloaded_server_is_asked_again_and_a_refusal_is_not():

@@ -123,7 +123,7 @@ def _text(path: Path, settings: TextSettings, counts: Counts) -> Iterator[str]:
             content = file.read()
     except _damaged() as error:
         raise UserError(f"{path} is damaged: {error}.") from None
-    text = _decode(content, 0, path, settings, counts)
+    text = _decode(content, str(path), settings, counts)
     if settings.document_separator is None:
         yield text
     else:
@@ -136,7 +136,7 @@ def _json_lines(path: Path, settings: TextSettings, counts: Counts) -> Iterator[
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    text = _decode(line, offset, path, settings, counts)
+                    text = _decode(line, str(path), settings, counts, offset)
                     yield _field(text, f"{path}, line {number}", settings, counts)
                 offset += len(line)
     except _damaged() as error:
@@ -146,7 +146,7 @@ def _json_lines(path: Path, settings: TextSettings, counts: Counts) -> Iterator[
 def _field(line: str, where: str, settings: TextSettings, counts: Counts) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number or a nesting beyond all limits
         raise UserError(f"{where} is no JSON: {error}.") from None
     if not isinstance(row, dict) or settings.text_column not in row:
         keys = ", ".join(row) if isinstance(row, dict) else f"none, it is a {type(row).__name__}"
@@ -171,7 +171,13 @@ def _parquet(path: Path, settings: TextSettings, counts: Counts) -> Iterator[str
                 )
             row = 0
             for batch in file.iter_batches(batch_size=1000, columns=[column]):
-                for value in batch.column(0).to_pylist():
+                values = batch.column(0)
+                # As bytes: nobody checked that what a parquet file calls a string is UTF-8.
+                if pa.types.is_string(values.type):
+                    values = values.cast(pa.binary())
+                elif pa.types.is_large_string(values.type):
+                    values = values.cast(pa.large_binary())
+                for value in values.to_pylist():
                     row += 1
                     yield _as_text(value, f"{path}, row {row}", settings, counts)
     except (pa.ArrowException, OSError) as error:
@@ -181,6 +187,8 @@ def _parquet(path: Path, settings: TextSettings, counts: Counts) -> Iterator[str
 def _as_text(value: Any, where: str, settings: TextSettings, counts: Counts) -> str:
     if value is None:
         return ""
+    if isinstance(value, bytes):
+        return _decode(value, where, settings, counts)
     if not isinstance(value, str):
         raise UserError(
             f"{where}: '{settings.text_column}' is a {type(value).__name__}, text is wanted."
@@ -195,13 +203,15 @@ def _as_text(value: Any, where: str, settings: TextSettings, counts: Counts) -> 
     return value
 
 
-def _decode(content: bytes, offset: int, path: Path, settings: TextSettings, counts: Counts) -> str:
+def _decode(
+    content: bytes, where: str, settings: TextSettings, counts: Counts, offset: int = 0
+) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         if settings.encoding_errors == "refuse":
             raise UserError(
-                f"{path} is not valid UTF-8 at byte {offset + error.start:,}"
+                f"{where} is not valid UTF-8 at byte {offset + error.start:,}"
                 f" (0x{content[error.start]:02x}: {error.reason}).\n"
                 "  repair the file, or set encoding_errors: replace to have U+FFFD in its place"
             ) from None

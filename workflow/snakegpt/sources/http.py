@@ -7,11 +7,12 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import requests
+import urllib3
 
 from snakegpt.errors import UserError
 from snakegpt.locks import Entry, File, is_inside
@@ -19,7 +20,8 @@ from snakegpt.settings import HttpSource
 from snakegpt.sources.transfers import CHUNK_BYTES, Meter, check_disk, copy, in_parallel, verify
 
 TIMEOUT_S = (5, 60)  # to connect, and between two pieces
-ATTEMPTS = 5
+ATTEMPTS = 5  # in a row that bring nothing new
+PIECE_BYTES = 1 << 16  # of a body
 BACK_OFF_S = 0.5  # doubled after each attempt
 
 
@@ -98,14 +100,18 @@ def download(
 
 
 def _from_server(url: str, part: Path, meter: Meter) -> tuple[str, int]:
-    for attempt in range(1, ATTEMPTS + 1):
+    failures, furthest = 0, 0
+    while True:
         try:
             return _attempt(url, part, meter)
         except requests.RequestException as error:
-            if attempt == ATTEMPTS or not _passing(error):
+            # A long download may break as often as it likes, as long as it moves on.
+            reached = part.stat().st_size if part.exists() else 0
+            failures = 1 if reached > furthest else failures + 1
+            furthest = max(furthest, reached)
+            if failures >= ATTEMPTS or not _passing(error):
                 raise UserError(_explain(url, error)) from None
-            time.sleep(BACK_OFF_S * 2 ** (attempt - 1))
-    raise AssertionError("unreachable")
+            time.sleep(BACK_OFF_S * 2 ** (failures - 1))
 
 
 def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
@@ -134,7 +140,7 @@ def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
         check_disk(part.parent, int(expected or 0), public(url))
         n_bytes = 0
         with part.open(mode) as sink:
-            for chunk in response.iter_content(CHUNK_BYTES):
+            for chunk in _pieces(response):
                 digest.update(chunk)
                 sink.write(chunk)
                 n_bytes += len(chunk)
@@ -144,6 +150,14 @@ def _attempt(url: str, part: Path, meter: Meter) -> tuple[str, int]:
             f"the connection ended after {n_bytes:,} of {int(expected):,} bytes"
         )
     return digest.hexdigest(), start + n_bytes
+
+
+def _pieces(response: requests.Response) -> Iterator[bytes]:
+    """The body as it was sent: a `Content-Encoding` that nobody asked for is part of the file."""
+    try:
+        yield from response.raw.stream(PIECE_BYTES, decode_content=False)
+    except urllib3.exceptions.HTTPError as error:
+        raise requests.ConnectionError(str(error)) from error
 
 
 def _passing(error: requests.RequestException) -> bool:
