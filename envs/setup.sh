@@ -4,6 +4,8 @@
 #   sh envs/setup.sh            PYTHON=python3.12 sh envs/setup.sh
 set -eu
 cd "$(dirname "$0")/.."
+# The environment's own Python has no pip: an activated or half-made .venv must not be found first.
+PATH=$(printf %s ":$PATH:" | sed "s|:$PWD/.venv/bin:|:|g; s|^:||; s|:\$||")
 python=${PYTHON:-python3}
 need_gb=${SETUP_NEED_GB:-9} # a CUDA build of torch with its libraries; a CPU build takes 2
 
