@@ -10,6 +10,8 @@ from snakegpt.identity import code_of, digest
 from snakegpt.locks import read as read_locks
 from snakegpt.pipeline import TARGETS, Pipeline
 from snakegpt.settings import load as load_settings
+from snakegpt.store import Store
+from snakegpt.store.links import mend
 
 
 def user_error_as_workflow_error(function, *arguments):
@@ -31,6 +33,17 @@ os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH
 
 PIPELINE = user_error_as_workflow_error(make_pipeline)
 SETTINGS = PIPELINE.settings
+STORE = Store.locate(SETTINGS.store.path)
+
+# Snakemake stops at a link to nothing; a missing result it knows how to make.
+if workflow.is_main_process:
+    n_mended = user_error_as_workflow_error(mend, STORE)
+    if n_mended:
+        print(
+            f"{n_mended:,} results pointed to objects that are gone from the store;"
+            " this run restores or rebuilds them",
+            file=sys.stderr,
+        )
 
 
 def one_of(names):
@@ -83,7 +96,8 @@ def arguments_of(stage):
         request = request_of(stage, wildcards)
         execution = {**request.execution, "threads": threads}
         words = [stage, request.name, "--output", request.folder]
-        words += ["--store", SETTINGS.store]
+        words += ["--store", SETTINGS.store.path]
+        words += ["--check", SETTINGS.store.check, "--link", SETTINGS.store.link]
         words += ["--settings", json.dumps(request.settings)]
         words += ["--execution", json.dumps(execution)]
         for role, paths in request.inputs.items():

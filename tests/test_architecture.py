@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "workflow" / "snakegpt"
 
 LAYERS = [
     {
+        "artefacts",
         "durable",
         "errors",
         "progress",

@@ -85,8 +85,7 @@ def test_a_damaged_shard_is_refused(tmp_path, damage, message):
 def test_an_id_that_does_not_fit_never_wraps(tmp_path, ids, error):
     with pytest.raises(error), ShardWriter(tmp_path / "x.bin", FINGERPRINT) as writer:
         writer.add(ids)
-    with pytest.raises(UserError):  # an unfinished shard is none
-        read_shard(tmp_path / "x.bin")
+    assert not list(tmp_path.iterdir())  # an unfinished shard is none
 
 
 def test_more_tokens_than_the_header_can_count_are_refused(tmp_path):

@@ -9,11 +9,12 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from snakegpt.errors import UserError
 from snakegpt.store import Store
-from snakegpt.store.links import link, maker, pointer
+from snakegpt.store.links import digest_of, link, maker, pointer
 from snakegpt.store.objects import read_record
 
 KEY = "c" * 64
@@ -42,14 +43,22 @@ def published(store: Store, files: dict[str, bytes], key: str = KEY) -> dict:
 def test_objects_are_named_by_their_bytes_and_read_only(store):
     record = published(store, {"a.txt": b"text", "deep/b.txt": b"text"})
     sha256 = hashlib.sha256(b"text").hexdigest()
+    listing = (
+        f'{{"entries":[{{"bytes":4,"mode":292,"path":"b.txt","sha256":"{sha256}"}}]}}'.encode()
+    )
     assert record["outputs"] == {
         "a.txt": {"sha256": sha256, "bytes": 4},
-        "deep/b.txt": {"sha256": sha256, "bytes": 4},
+        "deep": {
+            "sha256": hashlib.sha256(listing).hexdigest(),
+            "bytes": len(listing),
+            "folder": {"files": 1, "bytes": 4},
+        },
     }
     path = store.object_path(sha256)
     assert path.read_bytes() == b"text"
     assert stat.S_IMODE(path.stat().st_mode) == 0o444
-    assert [p for p in (store.root / "objects").rglob("*") if p.is_file()] == [path]
+    objects = {p for p in (store.root / "objects").rglob("*") if p.is_file()}
+    assert objects == {path, store.object_path(record["outputs"]["deep"]["sha256"])}
     assert not list((store.root / "tmp").iterdir())
 
 
@@ -118,12 +127,10 @@ def test_links_are_relative_and_lead_to_bytes_and_record(store, tmp_path):
     assert maker(folder / "a.txt")["key"] == KEY
     os.rename(tmp_path / "store", tmp_path / "gone")
     os.rename(tmp_path / "gone", tmp_path / "store")
-    assert store.digest_of(folder / "a.txt") == record["outputs"]["a.txt"]["sha256"]
+    assert digest_of(store, folder / "a.txt") == record["outputs"]["a.txt"]["sha256"]
 
 
 def test_relinking_drops_what_the_new_action_does_not_make(store, tmp_path):
-    from pathlib import Path
-
     folder = Path("results/corpora/x")
     link(store, published(store, {"a": b"1", "b": b"2"}), folder)
     (folder / "other_actions_file").write_text("stays")
@@ -134,8 +141,6 @@ def test_relinking_drops_what_the_new_action_does_not_make(store, tmp_path):
 
 
 def test_a_real_file_in_the_way_is_replaced(store):
-    from pathlib import Path
-
     folder = Path("results/models/x")
     folder.mkdir(parents=True)
     (folder / "a").write_text("someone's copy")
@@ -146,10 +151,10 @@ def test_a_real_file_in_the_way_is_replaced(store):
 def test_the_digest_of_a_link_is_read_off_its_name_and_of_a_file_from_its_bytes(store, tmp_path):
     record = published(store, {"a": b"1"})
     sha256 = record["outputs"]["a"]["sha256"]
-    assert store.digest_of(store.object_path(sha256)) == sha256
+    assert digest_of(store, store.object_path(sha256)) == sha256
     plain = tmp_path / ("f" * 64)
     plain.write_bytes(b"2")
-    assert store.digest_of(plain) == hashlib.sha256(b"2").hexdigest()
+    assert digest_of(store, plain) == hashlib.sha256(b"2").hexdigest()
 
 
 def test_one_process_runs_an_action_and_others_wait(store):

@@ -27,6 +27,7 @@ NOT_SCIENCE = frozenset(
     f"{NAME}{module}"
     for module in (
         "",
+        ".artefacts",
         ".command",
         ".durable",
         ".errors",

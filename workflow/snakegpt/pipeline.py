@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -112,6 +113,16 @@ class Pipeline:
             raise UserError(f"unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
         request: Request = build(**wildcards)
         return request
+
+    def find(self, path: str) -> Request | None:
+        """The request that makes a file below results/, or None."""
+        for stage, patterns in OUTPUTS.items():
+            for pattern in patterns:
+                expression = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[a-z0-9_]+)", re.escape(pattern))
+                match = re.fullmatch(expression, path)
+                if match:
+                    return self.request(stage, match.groupdict())
+        return None
 
     # ---- corpora and tokens ----
 

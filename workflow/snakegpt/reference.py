@@ -25,6 +25,7 @@ REFERENCE = Path("docs/settings.md")
 # In the order a reader meets them; every settings block must be here (tests/test_reference.py).
 BLOCKS: tuple[type[BaseModel], ...] = (
     settings.Settings,
+    settings.StoreSettings,
     settings.Experiment,
     settings.Model,
     settings.Training,
@@ -78,7 +79,7 @@ def _rows(block: type[BaseModel]) -> Iterator[str]:
 
 
 def _is_identity(block: type[BaseModel], name: str) -> bool:
-    if block in (settings.Execution, settings.Settings):
+    if block in (settings.Execution, settings.Settings, settings.StoreSettings):
         return False
     return not settings.is_label(block.model_fields[name])
 

@@ -10,29 +10,24 @@ Computing a key reads no settings file and imports no stage, so a hit takes a fr
 from __future__ import annotations
 
 import argparse
-import datetime
-import getpass
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from snakegpt.artefacts import NOTES, read_notes
 from snakegpt.errors import RETRY, USER_ERROR, UserError, reports_errors
 from snakegpt.identity import Action, code_of
 from snakegpt.progress import duration, quantity, say
-from snakegpt.store import Store
-from snakegpt.store.links import link, maker
-
-# Libraries whose version can change a stage's bytes: recorded with every action, for people.
-LIBRARIES = ("torch", "numpy", "tiktoken", "transformers", "safetensors", "pyarrow", "snakemake")
+from snakegpt.store import Store, provenance
+from snakegpt.store.leases import Lease
+from snakegpt.store.links import digest_of, link, maker
+from snakegpt.store.objects import Check, LinkMode, Outputs
 
 
 def run(
@@ -46,46 +41,37 @@ def run(
     execution: dict[str, Any],
     unhashed: dict[str, list[Path]],
     state: bool,
-    provenance: bool,
+    chain: bool,
 ) -> None:
     """Bring the results of one action to the folder `output`, by look-up or by running its stage.
 
     inputs    role -> files whose content is part of the key
     unhashed  role -> files the stage gets as well, whose content is not (a place, a measurement)
     state     whether the stage resumes from state/<key>
+    chain     whether the stage gets the records of what made its inputs
     raises    UserError, SystemExit with the stage's status if it fails
     """
-    store.make()
     started = time.monotonic()
     digests = {role: [_digest(store, path) for path in paths] for role, paths in inputs.items()}
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
     record = store.look_up(action.key)
     if record is None:
+        store.make()
         waits = f"{label}  waits for another run of it"
-        with store.claim(action.key, lambda: say(waits)) as claim:
+        with store.claim(action.key, lambda: say(waits)) as lease:
             record = store.look_up(action.key)  # what we waited for
             if record is None:
                 say(f"{label}  runs  ({action.key[:12]})")
-                outputs = _run_stage(
-                    action,
-                    label,
-                    {**inputs, **unhashed},
-                    store,
-                    claim,
-                    execution,
-                    state,
-                    provenance,
-                )
+                files = {**inputs, **unhashed}
+                outputs = _run_stage(action, label, files, store, lease, execution, state, chain)
                 wall_s = time.monotonic() - started
-                record = _record(action, name, inputs, unhashed, execution, outputs, wall_s)
+                record = _record(action, name, inputs, unhashed, execution, outputs)
+                record["provenance"] = provenance.gather(store, wall_s)
+                lease.check()
                 store.record(action.key, record)
                 shutil.rmtree(store.state_path(action.key), ignore_errors=True)
-                n_bytes = sum(o["bytes"] for o in outputs.values())
-                say(
-                    f"{label}  done in {duration(wall_s)},"
-                    f" {len(outputs)} files, {quantity(n_bytes, 'B')}"
-                )
+                say(f"{label}  done in {duration(wall_s)}, {_content(outputs)}")
                 link(store, record, output)
                 return
     link(store, record, output)
@@ -94,9 +80,17 @@ def run(
 
 def _digest(store: Store, path: Path) -> str:
     try:
-        return store.digest_of(path)
+        return digest_of(store, path)
     except FileNotFoundError:
         raise UserError(f"input {path} does not exist.") from None
+
+
+def _content(outputs: Outputs) -> str:
+    sizes = [
+        output.get("folder", {"files": 1, "bytes": output["bytes"]}) for output in outputs.values()
+    ]
+    n_files, n_bytes = (sum(size[what] for size in sizes) for what in ("files", "bytes"))
+    return f"{n_files:,} file{'s' if n_files != 1 else ''}, {quantity(n_bytes, 'B')}"
 
 
 def _run_stage(
@@ -104,20 +98,22 @@ def _run_stage(
     label: str,
     inputs: dict[str, list[Path]],
     store: Store,
-    claim: int,
+    lease: Lease,
     execution: dict[str, Any],
     state: bool,
-    provenance: bool,
-) -> dict[str, dict[str, Any]]:
+    chain: bool,
+) -> Outputs:
     """Run a stage in a workspace of its own and publish what it leaves there."""
     with store.workspace(action.key) as workspace:
-        out = workspace / "out"
+        out, notes = workspace / "out", workspace / "digests"
         out.mkdir()
         execution = {**execution, "label": label}
-        if provenance:
-            chain = workspace / "provenance.json"
-            chain.write_text(json.dumps({"actions": _chain(inputs)}), encoding="utf-8")
-            execution["provenance"] = str(chain)
+        if chain:
+            found = provenance.chain(store, [path for paths in inputs.values() for path in paths])
+            file = workspace / "provenance.json"
+            actions = [provenance.summary(record) for record in found]
+            file.write_text(json.dumps({"actions": actions}), encoding="utf-8")
+            execution["provenance"] = str(file)
         command = [sys.executable, "-m", f"snakegpt.stages.{action.stage}"]
         command += ["--settings", json.dumps(action.science)]
         command += ["--execution", json.dumps(execution)]
@@ -128,24 +124,36 @@ def _run_stage(
             folder = store.state_path(action.key)
             folder.mkdir(parents=True, exist_ok=True)
             command += ["--state", str(folder)]
-        status = _call(command, claim)
+        status = _call(command, lease, {**os.environ, NOTES: str(notes.absolute())})
+        if lease.lost.is_set():
+            lease.check()
         if status:
             _explain_failure(label, status)
             raise SystemExit(status if status in (USER_ERROR, RETRY) else 1)
-        outputs = store.publish(out)
+        lease.check()
+        try:
+            outputs = store.publish(out, read_notes(notes))
+        except OSError as error:
+            raise UserError(
+                f"the results of {label} cannot be put into the store {store.root}: {error.strerror}.\n"
+                "  make room there or make it writable, or move it: store.path in config.yaml,"
+                " or SNAKEGPT_STORE"
+            ) from None
     if not outputs:
         raise AssertionError(f"{label} left no file")
     return outputs
 
 
-def _call(command: list[str], claim: int) -> int:
+def _call(command: list[str], lease: Lease, environment: dict[str, str]) -> int:
     """Run a command to its end, passing on the signals that ask for it. Ctrl-C reaches it by itself.
 
     The command inherits the claim: if this process is killed, the one that goes on writing the state
-    still holds it.
+    still holds it. If the claim is lost, the command is stopped.
     """
+    kept = () if lease.descriptor is None else (lease.descriptor,)
     previous = {}
-    with subprocess.Popen(command, pass_fds=(claim,)) as process:
+    with subprocess.Popen(command, pass_fds=kept, env=environment) as process:
+        lease.on_loss = process.kill
         for number in (signal.SIGTERM, signal.SIGUSR1):
             previous[number] = signal.signal(number, lambda n, _: process.send_signal(n))
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -171,9 +179,13 @@ def _record(
     inputs: dict[str, list[Path]],
     unhashed: dict[str, list[Path]],
     execution: dict[str, Any],
-    outputs: dict[str, dict[str, Any]],
-    wall_s: float,
+    outputs: Outputs,
 ) -> dict[str, Any]:
+    def entry(path: Path, sha256: str | None = None) -> dict[str, str]:
+        made = maker(path)
+        found = {"path": str(path), "sha256": sha256, "action": made["key"] if made else None}
+        return {key: value for key, value in found.items() if value}
+
     return {
         "key": action.key,
         "stage": action.stage,
@@ -181,81 +193,13 @@ def _record(
         "science": action.science,
         "code": action.code,
         "inputs": {
-            role: [
-                {"path": str(path), "sha256": sha256}
-                for path, sha256 in zip(paths, action.inputs[role], strict=True)
-            ]
+            role: [entry(*pair) for pair in zip(paths, action.inputs[role], strict=True)]
             for role, paths in inputs.items()
         },
-        "unhashed": {role: [str(path) for path in paths] for role, paths in unhashed.items()},
+        "unhashed": {role: [entry(path) for path in paths] for role, paths in unhashed.items()},
         "outputs": outputs,
         "execution": execution,
-        "provenance": {
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "wall_s": round(wall_s, 3),
-            "host": socket.gethostname(),
-            "user": getpass.getuser(),
-            "platform": platform.platform(),
-            "versions": {"python": platform.python_version(), **_versions()},
-            **_git(),
-        },
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _git() -> dict[str, Any]:
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    dirty = commit is not None and bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {"git_commit": commit, "dirty": dirty}
-
-
-def _chain(inputs: dict[str, list[Path]]) -> list[dict[str, Any]]:
-    """The actions that made the inputs, and theirs, upward; each once, sources first."""
-    chain: dict[str, dict[str, Any]] = {}
-
-    def visit(path: Path) -> None:
-        record = maker(path)
-        if record is None or record["key"] in chain:
-            return
-        sources = [file["path"] for files in record["inputs"].values() for file in files]
-        for source in (
-            *sources,
-            *(path for paths in record["unhashed"].values() for path in paths),
-        ):
-            visit(Path(source))
-        chain[record["key"]] = {
-            "stage": record["stage"],
-            "name": record["name"],
-            "key": record["key"],
-            "inputs": {
-                f["path"]: f["sha256"] for files in record["inputs"].values() for f in files
-            },
-            "outputs": {name: output["sha256"] for name, output in record["outputs"].items()},
-            **record["provenance"],
-        }
-
-    for paths in inputs.values():
-        for path in paths:
-            visit(path)
-    return list(chain.values())
 
 
 def _tee(log: Path) -> None:
@@ -283,6 +227,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--unhashed", **paths, metavar="ROLE PATH", help="input files that are not part of the key")
     parser.add_argument("--output", type=Path, required=True, help="folder under results/")
     parser.add_argument("--store", default="store", help="folder of the store")
+    add("--check", choices=get_args(Check), default="size", help="what a hit checks of each object")
+    add("--link", choices=get_args(LinkMode), default="auto", help="how results/ shows objects")
     parser.add_argument("--state", action="store_true", help="the stage resumes from saved state")
     parser.add_argument(
         "--provenance",
@@ -308,11 +254,11 @@ def main(argv: list[str] | None = None) -> None:
         args.settings,
         _roles(args.input),
         args.output,
-        Store.locate(args.store),
+        Store.locate(args.store, check=args.check, link=args.link),
         execution=args.execution,
         unhashed=_roles(args.unhashed),
         state=args.state,
-        provenance=args.provenance,
+        chain=args.provenance,
     )
 
 

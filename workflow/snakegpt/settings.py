@@ -267,13 +267,24 @@ class Experiment(Block):
     """What changes at `scale: full`."""
 
 
+class StoreSettings(Closed):
+    """The content-addressed store: where it is, how it is checked and shown."""
+
+    path: Annotated[str, Field(min_length=1)] = "store"
+    """Folder; the environment variable SNAKEGPT_STORE wins over it."""
+    check: Literal["size", "digest"] = "size"
+    """What a hit checks of each object: its size, or its sha256 as well, which reads it whole."""
+    link: Literal["auto", "symlink", "hardlink", "reflink", "copy"] = "auto"
+    """How results/ shows objects; auto: symbolic links, where the filesystem has them."""
+
+
 class Settings(Closed):
     """The root of config.yaml."""
 
     scale: Scale = "laptop"
     """laptop: minutes on two CPU cores; full: the published recipe. Picks each experiment's own block."""
-    store: Annotated[str, Field(min_length=1)] = "store"
-    """Folder of the content-addressed store; the environment variable SNAKEGPT_STORE wins over it."""
+    store: StoreSettings = StoreSettings()
+    """The content-addressed store."""
     default_experiments: list[Name] = []
     """Experiments whose reports plain `snakemake` builds."""
     execution: Execution = Execution()

@@ -7,8 +7,7 @@ then uint16 ids, little-endian; the file is exactly 1,024 + 2 n bytes
 
 from __future__ import annotations
 
-import hashlib
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
+from snakegpt.artefacts import HashedFile
 from snakegpt.errors import UserError
 
 MAGIC, VERSION = 20240520, 1
@@ -39,8 +39,12 @@ class Shard:
     n_tokens: int
 
 
+COPY_BYTES = 1 << 20
+SPOOL_BYTES = 1 << 28  # of ids that wait in memory, before they wait on disk
+
+
 class ShardWriter:
-    """Writes one shard; the header, which comes first, is filled in at the end.
+    """Writes one shard. Its header counts the tokens and comes first, so the ids wait until the end.
 
     with ShardWriter(path, fingerprint) as writer:
         writer.add(ids)
@@ -49,8 +53,8 @@ class ShardWriter:
 
     def __init__(self, path: Path, fingerprint: str) -> None:
         self.path, self.fingerprint, self.n_tokens = path, fingerprint, 0
-        self._file = path.open("wb")
-        self._file.write(bytes(HEADER_BYTES))
+        self._ids = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(path.parent))  # noqa: SIM115
+        self._sha256, self._n_bytes = "", 0
 
     def add(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
         """Append ids, each below 65,536; numpy refuses a list's larger ones, and would wrap an array's."""
@@ -61,7 +65,7 @@ class ShardWriter:
                 f"{self.path.name} would hold more than {MOST_TOKENS:,} tokens.\n"
                 "  lower part_bytes of the corpus; a part makes one shard a split"
             )
-        self._file.write(tokens.tobytes())
+        self._ids.write(tokens.tobytes())
         self.n_tokens += len(tokens)
 
     def __enter__(self) -> ShardWriter:
@@ -73,19 +77,19 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._file:
+        with self._ids:
             if kind is None:
-                self._file.seek(0)
-                self._file.write(header(self.n_tokens, self.fingerprint))
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                with HashedFile(self.path) as file:
+                    file.write(header(self.n_tokens, self.fingerprint))
+                    self._ids.seek(0)
+                    while piece := self._ids.read(COPY_BYTES):
+                        file.write(piece)
+                self._sha256, self._n_bytes = file.sha256, file.n_bytes
 
     @property
     def shard(self) -> Shard:
         """Name, digest and size of the finished file."""
-        with self.path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return Shard(self.path.name, sha256, self.path.stat().st_size, self.n_tokens)
+        return Shard(self.path.name, self._sha256, self._n_bytes, self.n_tokens)
 
 
 def header(n_tokens: int, fingerprint: str) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from snakegpt import locks
+from snakegpt.artefacts import note
 from snakegpt.command import how_to_run, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.progress import quantity
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     files = args.out / "files"
     kinds.fetch(name, source, entry, files, workers=workers, label=how.label, interval_s=interval_s)
+    for file in entry.files:
+        note(files / file.path, file.sha256)  # hashed on the way
     write_json(args.out / "corpus.json", {"files": args.settings["files"]})
 
 

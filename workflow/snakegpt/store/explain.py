@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-import re
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from snakegpt.identity import Action, code_of
-from snakegpt.pipeline import OUTPUTS, Pipeline, Request
-from snakegpt.store.links import maker
+from snakegpt.pipeline import Pipeline, Request
+from snakegpt.store.command import add_settings, pipeline_of, requested, store_of
+from snakegpt.store.links import digest_of, maker
 from snakegpt.store.objects import Store
+
+
+def add(commands: Any) -> None:
+    """The command `why`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "why", help="what differs from the action that made a result"
+    )
+    parser.add_argument("target", help="a file below results/ or a target such as train_gpt2")
+    add_settings(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    pipeline = pipeline_of(args)
+    reason = why(store_of(pipeline), pipeline, requested(pipeline, args.target))
+    first = reason.first()
+    if first is not reason:
+        print("\n".join(first.lines()))
+        print("which everything below it follows from, down to")
+    print("\n".join(reason.lines()))
 
 
 @dataclass(frozen=True)
@@ -57,7 +78,7 @@ def why(store: Store, pipeline: Pipeline, request: Request) -> Reason:
     record = maker(Path(request.outputs[0]))
     try:
         inputs = {
-            role: [store.digest_of(Path(path)) for path in paths]
+            role: [digest_of(store, Path(path)) for path in paths]
             for role, paths in request.inputs.items()
         }
     except FileNotFoundError as error:
@@ -83,21 +104,10 @@ def sources(pipeline: Pipeline, request: Request) -> list[Request]:
     found = {}
     for paths in (*request.inputs.values(), *request.unhashed.values()):
         for path in paths:
-            source = find(pipeline, path)
+            source = pipeline.find(path)
             if source:
                 found[(source.stage, source.name)] = source
     return list(found.values())
-
-
-def find(pipeline: Pipeline, path: str) -> Request | None:
-    """The request that makes a path below results/, or None."""
-    for stage, patterns in OUTPUTS.items():
-        for pattern in patterns:
-            expression = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[a-z0-9_]+)", re.escape(pattern))
-            match = re.fullmatch(expression, path)
-            if match:
-                return pipeline.request(stage, match.groupdict())
-    return None
 
 
 def differences(record: Mapping[str, Any], action: Action, request: Request) -> list[str]:

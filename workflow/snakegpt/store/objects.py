@@ -1,10 +1,12 @@
 """The store on disk: immutable objects, action records, state of unfinished actions.
 
-    objects/ab/ab12...           bytes, mode 0444, named by sha256
+    objects/ab/ab12...           bytes, mode 0444, named by sha256; or a folder's listing, see `Entry`
     actions/cd/cd34....json      what an action published and where it ran; written last
     state/<key>/                 what an interrupted action resumes from
     tmp/<key>-<pid>/             what a running action writes; same filesystem, so publishing is a rename
-    locks/<key>                  held by the process that runs the action
+    locks/                       who runs what, see `leases`
+    roots/                       links to the results/ folders that use this store
+    damaged/                     objects that `verify` found to be other bytes than their names say
 
 A crash at any point leaves a missing record (the action runs again) or a complete one.
 """
@@ -12,31 +14,57 @@ A crash at any point leaves a missing record (the action runs again) or a comple
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from snakegpt.artefacts import Note, digest_of_new
 from snakegpt.durable import sync, write_atomically
 from snakegpt.errors import UserError
-from snakegpt.identity import file_digest
+from snakegpt.identity import canonical_json, file_digest
+from snakegpt.store import leases
 
-Outputs = dict[str, dict[str, Any]]  # relative path -> {"sha256": ..., "bytes": ...}
+# Artefact name -> {"sha256", "bytes"} of its object; a folder's object is its listing, and
+# {"folder": {"files", "bytes"}} says how much it lists.
+Outputs = dict[str, dict[str, Any]]
+
+Check = Literal["size", "digest"]
+LinkMode = Literal["auto", "symlink", "hardlink", "reflink", "copy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One file of a folder's listing, or of an action's outputs: path, permissions, object."""
+
+    path: str
+    mode: int
+    sha256: str
+    bytes: int
 
 
 class Store:
-    """One content-addressed store; several experiments, checkouts and people may share it."""
+    """One content-addressed store; several experiments, checkouts, machines and people may share it.
 
-    def __init__(self, root: str | Path) -> None:
+    check  what a hit checks of each object: its size, or also its digest
+    link   how results/ shows objects, see `links`
+    """
+
+    def __init__(self, root: str | Path, *, check: Check = "size", link: LinkMode = "auto") -> None:
         self.root = Path(root)
+        self.check, self.link_mode = check, link
 
     @classmethod
-    def locate(cls, default: str | Path) -> Store:
+    def locate(
+        cls, default: str | Path, *, check: Check = "size", link: LinkMode = "auto"
+    ) -> Store:
         """The store that SNAKEGPT_STORE names, else the one at `default`."""
-        return cls(os.environ.get("SNAKEGPT_STORE") or default)
+        return cls(os.environ.get("SNAKEGPT_STORE") or default, check=check, link=link)
 
     def object_path(self, sha256: str) -> Path:
         return self.root / "objects" / sha256[:2] / sha256
@@ -47,46 +75,130 @@ class Store:
     def state_path(self, key: str) -> Path:
         return self.root / "state" / key
 
+    # ---- looking up ----
+
     def holds(self, sha256: str, n_bytes: int) -> bool:
         """Whether an object is there at its full size; a truncated one counts as missing."""
+        path = self.object_path(sha256)
         try:
-            return self.object_path(sha256).stat().st_size == n_bytes
+            if path.stat().st_size != n_bytes:
+                return False
         except FileNotFoundError:
             return False
+        return self.check == "size" or file_digest(path) == sha256
 
-    def digest_of(self, path: Path) -> str:
-        """sha256 of a file; read off the name when it is a link to an object of this store."""
-        target = Path(os.path.realpath(path))
-        if target == Path(os.path.realpath(self.object_path(target.name))):
-            return target.name
-        return file_digest(path)
+    def look_up(self, key: str) -> dict[str, Any] | None:
+        """An action's record if it is readable and every object it names is whole, else None (a miss)."""
+        record = self.record_of(key)
+        if record is None:
+            return None
+        try:
+            wanted = list(self.objects_of(record["outputs"]))
+        except FileNotFoundError:
+            return None
+        return record if all(self.holds(*pair) for pair in wanted) else None
+
+    def record_of(self, key: str) -> dict[str, Any] | None:
+        """An action's record if there is a readable one, whatever became of its objects."""
+        record = read_record(self.action_path(key))
+        return record if record is not None and record.get("key") == key else None
+
+    def entries(self, outputs: Mapping[str, Mapping[str, Any]]) -> Iterator[Entry]:
+        """Every file of an action's outputs, folders opened up.
+
+        raises   FileNotFoundError if a folder's listing is gone or damaged
+        """
+        for name, output in outputs.items():
+            if "folder" in output:
+                for entry in self.listing(output["sha256"]):
+                    yield dataclasses.replace(entry, path=f"{name}/{entry.path}")
+            else:
+                yield Entry(name, output.get("mode", 0o444), output["sha256"], output["bytes"])
+
+    def objects_of(self, outputs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
+        """(sha256, bytes) of every object that outputs name, the listings of folders included."""
+        for output in outputs.values():
+            if "folder" in output:
+                yield output["sha256"], output["bytes"]
+        for entry in self.entries(outputs):
+            yield entry.sha256, entry.bytes
+
+    def listing(self, sha256: str) -> list[Entry]:
+        """What a folder's object lists.
+
+        raises   FileNotFoundError if it is gone or damaged
+        """
+        content = self.object_path(sha256).read_bytes()
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise FileNotFoundError(f"the listing {sha256} is damaged")
+        return [Entry(**entry) for entry in json.loads(content)["entries"]]
 
     # ---- publishing ----
 
-    def publish(self, folder: Path) -> Outputs:
-        """Move every file below a folder of this filesystem into the store.
+    def publish(self, folder: Path, notes: Mapping[Path, Note] | None = None) -> Outputs:
+        """Move what is in a folder of this filesystem into the store: its files, and each folder as one.
 
-        returns  relative path -> digest and size, sorted
+        notes    digests that were computed while the files were written; others are read once more
+        returns  name -> digest and size, sorted
         """
         outputs: Outputs = {}
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            outputs[path.relative_to(folder).as_posix()] = self._publish_file(path)
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                outputs[path.name] = self._publish_folder(path, notes or {})
+            else:
+                entry = self._publish_file(path, path.name, notes or {})
+                outputs[path.name] = {"sha256": entry.sha256, "bytes": entry.bytes}
+        self._sync_folders(outputs)
         return outputs
 
-    def _publish_file(self, path: Path) -> dict[str, Any]:
-        if path.is_symlink():
-            raise AssertionError(f"stages write files, not links: {path}")
-        sha256, n_bytes = file_digest(path), path.stat().st_size
-        if self.holds(sha256, n_bytes):
+    def _publish_folder(self, folder: Path, notes: Mapping[Path, Note]) -> dict[str, Any]:
+        files = sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+        entries = [
+            self._publish_file(path, path.relative_to(folder).as_posix(), notes) for path in files
+        ]
+        listing = canonical_json({"entries": [dataclasses.asdict(entry) for entry in entries]})
+        sha256 = self.put(listing)
+        total = sum(entry.bytes for entry in entries)
+        return {
+            "sha256": sha256,
+            "bytes": len(listing),
+            "folder": {"files": len(entries), "bytes": total},
+        }
+
+    def _publish_file(self, path: Path, name: str, notes: Mapping[Path, Note]) -> Entry:
+        if path.is_symlink() or not path.is_file():
+            raise AssertionError(f"stages write plain files: {path}")
+        found = path.stat()
+        sha256 = digest_of_new(path, notes)
+        # Of permissions a listing keeps whether a file may be run; the rest is the umask's.
+        entry = Entry(name, 0o444 | (found.st_mode & 0o111), sha256, found.st_size)
+        self._move_in(path, entry)
+        return entry
+
+    def _move_in(self, path: Path, entry: Entry) -> None:
+        target = self.object_path(entry.sha256)
+        if self.holds(entry.sha256, entry.bytes):
+            with contextlib.suppress(PermissionError):  # a colleague's object
+                os.utime(target)  # young again: `gc` spares what a running action found to be there
             path.unlink()
-        else:
-            sync(path)
-            path.chmod(0o444)
-            target = self.object_path(sha256)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, target)
-            sync(target.parent)
-        return {"sha256": sha256, "bytes": n_bytes}
+            return
+        sync(path)
+        path.chmod(0o444)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+
+    def _sync_folders(self, outputs: Outputs) -> None:
+        """Bring the new names to the disk, each folder once."""
+        for parent in {self.object_path(s).parent for s, _ in self.objects_of(outputs)}:
+            sync(parent)
+
+    def put(self, content: bytes) -> str:
+        """Store bytes that are no file yet; returns their sha256."""
+        entry = Entry("", 0o444, hashlib.sha256(content).hexdigest(), len(content))
+        aside = self.root / "tmp" / f"object-{uuid.uuid4().hex}"
+        aside.write_bytes(content)
+        self._move_in(aside, entry)
+        return entry.sha256
 
     def record(self, key: str, record: Mapping[str, Any]) -> None:
         """Write an action's record; from here on its outputs are found by look-up."""
@@ -95,31 +207,13 @@ class Store:
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
         write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
-    def look_up(self, key: str) -> dict[str, Any] | None:
-        """An action's record if it is readable and every object it names is whole, else None (a miss)."""
-        record = read_record(self.action_path(key))
-        if record is None or record.get("key") != key:
-            return None
-        whole = all(self.holds(o["sha256"], o["bytes"]) for o in record["outputs"].values())
-        return record if whole else None
-
     # ---- running ----
 
-    @contextlib.contextmanager
-    def claim(self, key: str, waiting: Callable[[], None]) -> Iterator[int]:
-        """Hold the right to run an action; calls `waiting` once if another process holds it.
-
-        yields   the claim's file descriptor: a child that inherits it keeps the claim alive
-        """
-        path = self.root / "locks" / key
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                waiting()
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield lock.fileno()
+    def claim(
+        self, key: str, waiting: Callable[[], object]
+    ) -> contextlib.AbstractContextManager[leases.Lease]:
+        """Hold the right to run an action; calls `waiting` once if another process holds it."""
+        return leases.hold(self.root / "locks", key, waiting)
 
     @contextlib.contextmanager
     def workspace(self, key: str) -> Iterator[Path]:
@@ -141,12 +235,12 @@ class Store:
         raises   UserError if that is not possible
         """
         try:
-            for folder in ("objects", "actions", "state", "tmp", "locks"):
+            for folder in ("objects", "actions", "state", "tmp", "locks", "roots"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"the store {self.root} cannot be written: {error.strerror}.\n"
-                "  set `store:` in config.yaml or SNAKEGPT_STORE to a folder you can write"
+                "  set store.path in config.yaml or SNAKEGPT_STORE to a folder you can write"
             ) from None
 
 
