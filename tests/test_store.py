@@ -189,7 +189,7 @@ def test_a_killed_holder_holds_nothing(store):
 
 def test_a_store_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be made"):
         Store(tmp_path / "file" / "store").make()
 
 

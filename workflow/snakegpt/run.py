@@ -67,7 +67,7 @@ def run(
                 outputs = _run_stage(action, label, files, store, lease, execution, state, chain)
                 wall_s = time.monotonic() - started
                 record = _record(action, name, inputs, unhashed, execution, outputs)
-                record["provenance"] = provenance.gather(store, wall_s)
+                record["provenance"] = provenance.gather(store, action.key, wall_s)
                 lease.check()
                 store.record(action.key, record)
                 shutil.rmtree(store.state_path(action.key), ignore_errors=True)
@@ -131,14 +131,7 @@ def _run_stage(
             _explain_failure(label, status)
             raise SystemExit(status if status in (USER_ERROR, RETRY) else 1)
         lease.check()
-        try:
-            outputs = store.publish(out, read_notes(notes))
-        except OSError as error:
-            raise UserError(
-                f"the results of {label} cannot be put into the store {store.root}: {error.strerror}.\n"
-                "  make room there or make it writable, or move it: store.path in config.yaml,"
-                " or SNAKEGPT_STORE"
-            ) from None
+        outputs = store.publish(out, read_notes(notes))
     if not outputs:
         raise AssertionError(f"{label} left no file")
     return outputs

@@ -19,7 +19,7 @@ from snakegpt.store.objects import Store
 LIBRARIES = ("torch", "numpy", "tiktoken", "transformers", "safetensors", "pyarrow", "snakemake")
 
 
-def gather(store: Store, wall_s: float) -> dict[str, Any]:
+def gather(store: Store, key: str, wall_s: float) -> dict[str, Any]:
     """What an action's record says of the run that is ending."""
     return {
         **who_and_when(),
@@ -27,7 +27,7 @@ def gather(store: Store, wall_s: float) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **_versions()},
-        **_git(store),
+        **_git(store, key),
     }
 
 
@@ -51,7 +51,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(store: Store) -> dict[str, Any]:
+def _git(store: Store, key: str) -> dict[str, Any]:
     """Commit of the code, and the object that holds what was changed since, if anything was."""
 
     def git(*arguments: str) -> bytes | None:
@@ -69,7 +69,10 @@ def _git(store: Store) -> dict[str, Any]:
     diff = git("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff") or b""
     found: dict[str, Any] = {"git_commit": commit.decode().strip(), "dirty": bool(diff)}
     if diff:
-        found["diff"] = {"sha256": store.put(diff), "bytes": len(diff)}
+        found["diff"] = {
+            "sha256": store.put(diff, store.root / "tmp" / f"{key}-diff"),
+            "bytes": len(diff),
+        }
     return found
 
 
