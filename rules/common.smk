@@ -89,17 +89,16 @@ def arguments_of(stage):
     """The runner's arguments, for `{params.arguments:q}`.
 
     Execution settings come in here. Snakemake does not compare a parameter whose function asks for
-    `threads`, so changing them reruns nothing (tests/test_workflow.py holds it to that).
+    `output`, so changing them reruns nothing (tests/test_workflow.py holds it to that).
     """
 
-    def arguments(wildcards, threads):
+    def arguments(wildcards, output):
         request = request_of(stage, wildcards)
-        execution = {**request.execution, "threads": threads}
         words = [stage, request.name, "--output", request.folder]
         words += ["--store", SETTINGS.store.path]
         words += ["--check", SETTINGS.store.check, "--link", SETTINGS.store.link]
         words += ["--settings", json.dumps(request.settings)]
-        words += ["--execution", json.dumps(execution)]
+        words += ["--execution", json.dumps(request.execution)]
         for role, paths in request.inputs.items():
             words += ["--input", role, *paths]
         for role, paths in request.unhashed.items():

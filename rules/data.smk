@@ -33,7 +33,7 @@ rule fetch_corpus:
         code=code_of_stage("fetch_corpus"),
         arguments=arguments_of("fetch_corpus"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule build_tokenizer:
@@ -56,7 +56,7 @@ rule build_tokenizer:
         code=code_of_stage("build_tokenizer"),
         arguments=arguments_of("build_tokenizer"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule encode_tokens:
@@ -81,7 +81,7 @@ rule encode_tokens:
         code=code_of_stage("encode_tokens"),
         arguments=arguments_of("encode_tokens"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule index_tokens:
@@ -104,4 +104,4 @@ rule index_tokens:
         code=code_of_stage("index_tokens"),
         arguments=arguments_of("index_tokens"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"

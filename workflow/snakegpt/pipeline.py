@@ -101,6 +101,7 @@ class Pipeline:
     def __init__(self, settings: Settings, locks: Mapping[str, Entry]) -> None:
         self.settings = settings
         self.locks = locks
+        self._requests: dict[tuple[Any, ...], Request] = {}
         self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     def request(self, stage: str, wildcards: Mapping[str, str]) -> Request:
@@ -108,11 +109,15 @@ class Pipeline:
 
         raises   UserError for a name the settings do not know
         """
-        build = getattr(self, f"_{stage}", None)
-        if build is None:
-            raise UserError(f"unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
-        request: Request = build(**wildcards)
-        return request
+        known = (stage, *sorted(wildcards.items()))
+        if (
+            known not in self._requests
+        ):  # Snakemake asks several times for each of many thousand jobs
+            build = getattr(self, f"_{stage}", None)
+            if build is None:
+                raise UserError(f"unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
+            self._requests[known] = build(**wildcards)
+        return self._requests[known]
 
     def find(self, path: str) -> Request | None:
         """The request that makes a file below results/, or None."""

@@ -228,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="hand the stage the records of what made its inputs",
     )
+    parser.add_argument("--threads", type=int, help="cores the stage may use; default: all")
     parser.add_argument("--log", type=Path, help="file that gets a copy of everything printed")
     return parser
 
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
         _roles(args.input),
         args.output,
         Store.locate(args.store, check=args.check, link=args.link),
-        execution=args.execution,
+        execution={**args.execution, **({"threads": args.threads} if args.threads else {})},
         unhashed=_roles(args.unhashed),
         state=args.state,
         chain=args.provenance,
