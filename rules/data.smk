@@ -25,6 +25,7 @@ rule fetch_corpus:
     conda:
         "../envs/snakegpt.yaml"
     threads: 1
+    priority: 1 # first of all, since a source out of reach ends the run
     resources:
         mem_mb=1000,
         runtime=240,
