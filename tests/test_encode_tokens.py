@@ -134,6 +134,19 @@ def test_a_bad_file_is_one_message_and_status_2(tmp_path, files, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"colunm": "body"}, "unknown setting text.colunm"),
+        ({"encoding_errors": "ignore"}, "text.encoding_errors"),
+    ],
+)
+def test_a_mistyped_text_setting_is_refused(tmp_path, text, message):
+    done, _ = encode(tmp_path, {"a.txt": b"abc"}, {"text": text, "validation": POSITION})
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_a_missing_raw_file_is_named(tmp_path):
     files = {"a.txt": b"abc"}
     settings = {"files": [pin("gone.txt", b"")], "validation": POSITION}

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from snakegpt.errors import UserError
+from snakegpt.settings import Closed
 
 PARQUET, JSON_LINES = (".parquet",), (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 CHUNK_BYTES = 1 << 16  # of a compressed file
 
 
-@dataclass(frozen=True)
-class TextSettings:
+class TextSettings(Closed):
     """Which documents a file holds; settings.Corpus says what each field means."""
 
     text_column: str = "text"

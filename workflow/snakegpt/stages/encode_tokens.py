@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     encode_tokens(
         files,
         load(only_path(args.tokenizer, "tokenizer")),
-        TextSettings(**args.settings.get("text", {})),
+        block(TextSettings, args.settings.get("text"), "text"),
         block(Validation, args.settings.get("validation"), "validation"),
         args.settings.get("part", "000000"),
         args.out,
