@@ -9,7 +9,7 @@ import struct
 
 import pytest
 from data_fixtures import pin, stage, write_corpus
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from snakegpt.settings import Validation
 from snakegpt.stages.encode_tokens import split_document
@@ -70,6 +70,16 @@ def test_tiny_shakespeare_s_length_is_cut_where_nanogpt_cuts_it():
     pieces = dict(split_document("x" * 1_115_394, Validation(by="position", fraction=0.1)))
     assert len(pieces["train"]) == 1_003_854  # nanoGPT's readme
     assert len(pieces["val"]) == 111_540
+
+
+@given(st.integers(1, 3000), st.integers(1, 999))
+@example(10, 900)  # floor(10 x (1 - 0.9)) is 0 in floats
+def test_position_gives_train_exactly_its_share(n_characters, thousandths):
+    validation = Validation(by="position", fraction=thousandths / 1000)
+    pieces = dict(split_document("x" * n_characters, validation))
+    n_train = len(pieces.get("train", ""))
+    assert n_train * 1000 <= n_characters * (1000 - thousandths) < (n_train + 1) * 1000
+    assert n_train + len(pieces.get("val", "")) == n_characters
 
 
 def test_a_side_without_characters_is_skipped():
