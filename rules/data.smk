@@ -22,6 +22,7 @@ rule fetch_corpus:
         "logs/fetch_corpus/{corpus}.log",
     benchmark:
         "logs/fetch_corpus/{corpus}.tsv"
+    priority: 1  # first of all, since a source out of reach ends the run
     conda:
         "../envs/snakegpt.yaml"
     threads: 1

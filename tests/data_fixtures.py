@@ -128,43 +128,54 @@ class FileServer:
 
 @dataclass
 class Hub:
-    """As much of the Hugging Face hub as listing and downloading a dataset repository takes."""
+    """As much of the Hugging Face hub as listing and downloading a dataset repository takes.
+
+    files   of the newest commit; `earlier` holds those of other commits
+    """
 
     repo: str
     commit: str
     files: dict[str, bytes]
     lfs: set[str]
     served: dict[str, bytes] = field(default_factory=dict)  # instead of the true content
+    earlier: dict[str, dict[str, bytes]] = field(default_factory=dict)
     url: str = ""
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         path = handler.path.partition("?")[0]
         info = f"/api/datasets/{self.repo}"
-        resolve = f"/datasets/{self.repo}/resolve/{self.commit}/"
-        if path in (info, f"{info}/revision/{self.commit}"):
-            self._send(handler, json.dumps(self._info()).encode(), "application/json")
-        elif path.startswith(resolve) and path.removeprefix(resolve) in self.files:
-            name = path.removeprefix(resolve)
-            self._send(handler, self.served.get(name, self.files[name]), etag=self.files[name])
+        for commit, files in {self.commit: self.files, **self.earlier}.items():
+            resolve = f"/datasets/{self.repo}/resolve/{commit}/"
+            newest = path == info and commit == self.commit
+            if newest or path == f"{info}/revision/{commit}":
+                content = json.dumps(self._info(commit, files)).encode()
+                self._send(handler, commit, content, "application/json")
+                break
+            if path.startswith(resolve) and path.removeprefix(resolve) in files:
+                name = path.removeprefix(resolve)
+                content = self.served.get(name, files[name])
+                self._send(handler, commit, content, etag=files[name])
+                break
         else:
             handler.send_response(404)
             handler.send_header("X-Error-Code", "RevisionNotFound")
             handler.send_header("Content-Length", "0")
             handler.end_headers()
 
-    def _info(self) -> dict[str, Any]:
+    def _info(self, commit: str, files: Mapping[str, bytes]) -> dict[str, Any]:
         siblings = []
-        for name, content in self.files.items():
+        for name, content in files.items():
             about: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": "0" * 40}
             if name in self.lfs:
                 sha256 = hashlib.sha256(content).hexdigest()
                 about["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(about)
-        return {"id": self.repo, "sha": self.commit, "siblings": siblings, "tags": []}
+        return {"id": self.repo, "sha": commit, "siblings": siblings, "tags": []}
 
     def _send(
         self,
         handler: BaseHTTPRequestHandler,
+        commit: str,
         content: bytes,
         kind: str = "application/octet-stream",
         etag: bytes = b"",
@@ -173,7 +184,7 @@ class Hub:
         handler.send_header("Content-Type", kind)
         handler.send_header("Content-Length", str(len(content)))
         handler.send_header("ETag", f'"{hashlib.sha256(etag).hexdigest()}"')
-        handler.send_header("X-Repo-Commit", self.commit)
+        handler.send_header("X-Repo-Commit", commit)
         handler.end_headers()
         if handler.command == "GET":
             handler.wfile.write(content)

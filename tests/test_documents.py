@@ -28,13 +28,13 @@ def file(folder, name, content):
 
 
 def packed(name, content):
-    if name.endswith(".gz"):
+    if name.lower().endswith(".gz"):
         return gzip.compress(content)
-    return zstandard.compress(content) if name.endswith(".zst") else content
+    return zstandard.compress(content) if name.lower().endswith(".zst") else content
 
 
 @pytest.mark.parametrize(
-    "name", ["a.txt", "a.text", "a.md", "a", "a.txt.gz", "a.md.zst", "a.gz", "a.b.zst"]
+    "name", ["a.txt", "a.text", "a.md", "a", "a.txt.gz", "a.md.zst", "a.gz", "a.b.zst", "A.TXT.GZ"]
 )
 def test_a_text_file_is_one_document_kept_as_it_is(tmp_path, name):
     text = "".join(TEXTS)
@@ -42,14 +42,16 @@ def test_a_text_file_is_one_document_kept_as_it_is(tmp_path, name):
     assert documents(path) == [text]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.ndjson.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.ndjson.zst", "A.JSONL", "a.NDJSON.Zst"]
+)
 def test_a_line_of_json_is_a_document(tmp_path, name):
     assert documents(file(tmp_path, name, packed(name, LINES + b"\n"))) == TEXTS
 
 
-@pytest.mark.parametrize("compression", ["snappy", "zstd"])
-def test_a_row_of_parquet_is_a_document(tmp_path, compression):
-    path = tmp_path / "a.parquet"
+@pytest.mark.parametrize(("name", "compression"), [("a.parquet", "snappy"), ("a.PARQUET", "zstd")])
+def test_a_row_of_parquet_is_a_document(tmp_path, name, compression):
+    path = tmp_path / name
     texts = [f"{text} {i}" for i in range(900) for text in TEXTS]
     pq.write_table(
         pa.table({"id": list(range(3600)), "body": texts}), path, compression=compression

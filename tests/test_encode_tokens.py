@@ -9,7 +9,7 @@ import struct
 
 import pytest
 from data_fixtures import pin, stage, write_corpus
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from snakegpt.settings import Validation
 from snakegpt.stages.encode_tokens import split_document
@@ -72,6 +72,16 @@ def test_tiny_shakespeare_s_length_is_cut_where_nanogpt_cuts_it():
     assert len(pieces["val"]) == 111_540
 
 
+@given(st.integers(1, 3000), st.integers(1, 999))
+@example(10, 900)  # floor(10 x (1 - 0.9)) is 0 in floats
+def test_position_gives_train_exactly_its_share(n_characters, thousandths):
+    validation = Validation(by="position", fraction=thousandths / 1000)
+    pieces = dict(split_document("x" * n_characters, validation))
+    n_train = len(pieces.get("train", ""))
+    assert n_train * 1000 <= n_characters * (1000 - thousandths) < (n_train + 1) * 1000
+    assert n_train + len(pieces.get("val", "")) == n_characters
+
+
 def test_a_side_without_characters_is_skipped():
     halves = split_document("x", Validation(by="position", fraction=0.5))
     assert list(halves) == [("val", "x")]
@@ -132,6 +142,19 @@ def test_a_bad_file_is_one_message_and_status_2(tmp_path, files, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"colunm": "body"}, "unknown setting text.colunm"),
+        ({"encoding_errors": "ignore"}, "text.encoding_errors"),
+    ],
+)
+def test_a_mistyped_text_setting_is_refused(tmp_path, text, message):
+    done, _ = encode(tmp_path, {"a.txt": b"abc"}, {"text": text, "validation": POSITION})
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_a_missing_raw_file_is_named(tmp_path):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from data_fixtures import Hub, pin, serving, stage
+from snakegpt import locks
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB_FILES = {"data/a.txt": b"text a", "data/b.parquet": b"not really parquet"}
@@ -86,6 +87,25 @@ def test_a_corpus_without_a_lock_is_locked_and_then_fetched(tmp_path):
     done = fetch(tmp_path, entry["files"], execution)
     assert done.returncode == 0, done.stderr
     assert left(tmp_path)["files/a.txt"] == b"one"
+
+
+def test_locking_on_the_way_keeps_the_commit_of_the_repository(tmp_path):
+    """The settings ask for other files now, and the hub has a newer commit."""
+    lock_file = tmp_path / "lock.json"
+    pins, execution = on_hub(HUB_FILES)
+    source = {**HUB_SOURCE, "files": ["data/a.txt"]}
+    locks.put(
+        lock_file, {"web": locks.Entry(source, (locks.File(**pins[0]),), execution["revision"])}
+    )
+    newest = Hub("some/texts", "f" * 40, {"data/a.txt": b"newer"}, set())
+    newest.earlier = {COMMIT: HUB_FILES}
+    with serving(newest) as hub:
+        execution["lock_file"] = str(lock_file)
+        done = fetch(tmp_path, None, execution, hub_env(tmp_path, hub.url))
+    assert "now locked" in done.stderr
+    entry = locks.read(lock_file)["web"]
+    assert entry.revision == COMMIT
+    assert [file.path for file in entry.files] == list(HUB_FILES)
 
 
 def test_a_local_file_that_changed_says_how_to_take_it(tmp_path):

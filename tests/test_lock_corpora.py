@@ -143,6 +143,47 @@ def test_a_hub_repository_is_locked_at_its_commit_with_the_hub_s_digests(tmp_pat
     assert "hf_verysecret" not in done.stderr + done.stdout
 
 
+def test_a_hub_repository_without_a_revision_stays_at_its_commit_until_updated(tmp_path):
+    old, new = {"data/a.txt": b"old", "more.txt": b"m"}, {"data/a.txt": b"new", "more.txt": b"m"}
+    project = hub_project(tmp_path)
+    with serving(Hub("some/texts", COMMIT, old, lfs=set())) as hub:
+
+        def lock(*arguments):
+            done = run(project, *arguments, "web", env=hub_env(tmp_path, hub.url))
+            assert done.returncode == 0, done.stderr
+            entry = locked(project)["web"]
+            assert entry["source"]["revision"] is None
+            return done.stderr, entry["revision"], entry["files"]
+
+        first = [pin("data/a.txt", b"old")]
+        assert lock()[1:] == (COMMIT, first)
+        newer = "f" * 40
+        hub.commit, hub.files, hub.earlier = newer, new, {COMMIT: old}
+        said, *kept = lock()
+        assert "unchanged" in said
+        assert kept == [COMMIT, first]
+        # Other files of it are taken from the same commit.
+        hub_project(tmp_path, "*.txt")
+        said, *kept = lock()
+        assert "its source has changed" in said
+        assert kept == [COMMIT, [*first, pin("more.txt", b"m")]]
+        assert lock("--update")[1:] == (newer, [pin("data/a.txt", b"new"), pin("more.txt", b"m")])
+
+
+def test_another_hub_repository_does_not_take_the_old_one_s_commit(tmp_path):
+    project = hub_project(tmp_path)
+    old = locks.Entry(
+        {"kind": "huggingface", "repo": "other/texts", "files": ["data/*"]},
+        (locks.File(**pin("data/a.txt", b"a")),),
+        "e" * 40,
+    )
+    locks.put(project / "corpora.lock.json", {"web": old})
+    with serving(Hub("some/texts", COMMIT, {"data/a.txt": b"a"}, lfs=set())) as hub:
+        done = run(project, "web", env=hub_env(tmp_path, hub.url))
+    assert done.returncode == 0, done.stderr
+    assert locked(project)["web"]["revision"] == COMMIT
+
+
 @pytest.mark.parametrize(
     ("pattern", "revision", "message"),
     [

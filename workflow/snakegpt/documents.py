@@ -1,6 +1,6 @@
 """Documents of a raw file: plain text, JSON lines or parquet, also gzip- or zstandard-compressed.
 
-A file's kind follows from its name. Text is kept as it is (line ends, byte order mark, NUL, any Unicode
+A file's kind follows from its name, in capitals or not. Text is kept as it is (line ends, byte order mark, NUL, any Unicode
 normal form); only what cannot be text is dealt with, and counted: bytes that are no UTF-8, by
 `encoding_errors`, and lone surrogates, which JSON can spell and UTF-8 cannot, by tiktoken's own rule.
 """
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from snakegpt.errors import UserError
+from snakegpt.settings import Closed
 
 PARQUET, JSON_LINES = (".parquet",), (".jsonl", ".ndjson")
 COMPRESSED = (".gz", ".zst")
 CHUNK_BYTES = 1 << 16  # of a compressed file
 
 
-@dataclass(frozen=True)
-class TextSettings:
+class TextSettings(Closed):
     """Which documents a file holds; settings.Corpus says what each field means."""
 
     text_column: str = "text"
@@ -51,7 +51,8 @@ def read_documents(path: Path, settings: TextSettings, counts: Counts) -> Iterat
     raises   UserError that names file and place: damaged compression, invalid UTF-8 under `refuse`,
              a line that is no JSON, a column that is not there
     """
-    kind = path.suffix if path.suffix not in COMPRESSED else Path(path.stem).suffix
+    suffix = path.suffix.lower()
+    kind = suffix if suffix not in COMPRESSED else Path(path.stem).suffix.lower()
     if kind in PARQUET:
         documents = _parquet(path, settings, counts)
     elif kind in JSON_LINES:
@@ -66,9 +67,9 @@ def read_documents(path: Path, settings: TextSettings, counts: Counts) -> Iterat
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.GzipFile(path, "rb"))
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         return io.BufferedReader(_Zstandard(path))
     return path.open("rb")
 

@@ -280,9 +280,7 @@ def _corpus(evidence: Evidence) -> dict[str, Any]:
     block, files = evidence.settings["corpus"], evidence.corpus["files"]
     source = block.get("source") or {}
     where = {
-        "registry": lambda s: (
-            f"the archive of {s['package']} on the {s['registry']} package registry"
-        ),
+        "registry": lambda s: f"the archive of the package {s['package']}, by {s['registry']}",
         "huggingface": lambda s: f"{s['repo']} on the Hugging Face hub",
         "http": lambda s: ", ".join(s["urls"]),
         "local": lambda s: ", ".join(s["paths"]),

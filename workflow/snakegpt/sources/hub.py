@@ -20,17 +20,25 @@ from snakegpt.sources.transfers import Meter, check_disk, fingerprint, in_parall
 PROBE_TIMEOUT_S = 5
 
 
-def lock(name: str, source: HuggingFaceSource, folder: Path, workers: int, meter: Meter) -> Entry:
+def lock(
+    name: str,
+    source: HuggingFaceSource,
+    folder: Path,
+    workers: int,
+    meter: Meter,
+    commit: str | None = None,
+) -> Entry:
     """Resolve the revision to a commit and take the files' digests from the hub's own records.
 
     Files that are not in large-file storage have no sha256 there: those are downloaded and hashed.
+
+    commit   to take where the source names no revision; None: the newest
     """
     hub = _client(name)
+    revision = source.revision or commit
     info = _asking(
         name,
-        lambda: hub.HfApi().dataset_info(
-            source.repo, revision=source.revision, files_metadata=True
-        ),
+        lambda: hub.HfApi().dataset_info(source.repo, revision=revision, files_metadata=True),
     )
     found = [s for s in info.siblings or [] if matches(s.rfilename, source.files)]
     if not found:

@@ -16,10 +16,17 @@ AnySource = RegistrySource | HuggingFaceSource | HttpSource | LocalSource
 
 
 def lock(
-    name: str, source: AnySource, *, workers: int, label: str, interval_s: float = 5.0
+    name: str,
+    source: AnySource,
+    *,
+    workers: int,
+    label: str,
+    interval_s: float = 5.0,
+    before: Entry | None = None,
 ) -> Entry:
     """Find out which bytes a corpus is made of, today.
 
+    before   what was locked so far: a hub repository that names no revision stays at its commit
     raises   UserError if its source cannot be reached or has no such files
     """
     meter = Meter(label, interval_s=interval_s)
@@ -28,7 +35,9 @@ def lock(
         if isinstance(source, RegistrySource):
             entry = registry.lock(name, source, folder, label)
         elif isinstance(source, HuggingFaceSource):
-            entry = hub.lock(name, source, folder, workers, meter)
+            same = before is not None and before.source.get("repo") == source.repo
+            commit = before.revision if before and same else None
+            entry = hub.lock(name, source, folder, workers, meter, commit)
         elif isinstance(source, HttpSource):
             entry = http.lock(name, source, folder, workers, meter)
         else:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from snakegpt.command import how_to_run, only_path, stage_parser
+from snakegpt.command import block, how_to_run, only_path, stage_parser
 from snakegpt.documents import Counts, TextSettings, read_documents
 from snakegpt.errors import UserError, nearest, reports_errors
 from snakegpt.locks import Archive, Entry, File
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = fetch_gpt2(label)
     elif kind == "char":
         corpus = only_path(args.corpus, "corpus")
-        tokenizer = build_char(corpus, TextSettings(**args.settings.get("text", {})))
+        tokenizer = build_char(corpus, block(TextSettings, args.settings.get("text"), "text"))
     else:
         raise UserError(f"kind = '{kind}' is no tokenizer.{nearest(kind, ('gpt2', 'char'))}")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,10 @@ part_<part>.json, which says what they hold. Every document starts with the end-
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from snakegpt.sources import corpora
 from snakegpt.sources.transfers import fingerprint
 from snakegpt.tokenizers import Tokenizer, load
 
-REVISION = 1
+REVISION = 2  # 2: position splits in exact arithmetic
 SCIENCE = ("snakegpt.documents", "snakegpt.tokenizers", "snakegpt.shards")
 
 
@@ -97,15 +97,16 @@ def split_document(document: str, validation: Validation) -> Iterator[tuple[str,
 
     document   the whole text goes by its own hash: independent of order and parts, and exact
                duplicates stay on one side
-    position   the first characters to train, the rest to val
+    position   the first characters to train, the rest to val; to train as many as fit its share
     """
     if validation.by == "document":
         digest = hashlib.blake2b(document.encode("utf-8"), digest_size=8).digest()
         is_val = int.from_bytes(digest, "big") < validation.fraction * 2**64
         yield ("val" if is_val else "train"), document
         return
-    # As nanoGPT cuts, int(n x 0.9); 1 - 0.1 is 0.9 exactly as Python reads it.
-    n_train = math.floor(len(document) * (1 - validation.fraction))
+    # As nanoGPT cuts, int(n x 0.9), but in integers: for Python's floats 10 x (1 - 0.9) is below 1.
+    share = Fraction(str(validation.fraction))  # the decimal that the settings say
+    n_train = len(document) * (share.denominator - share.numerator) // share.denominator
     for split, piece in (("train", document[:n_train]), ("val", document[n_train:])):
         if piece:
             yield split, piece
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     encode_tokens(
         files,
         load(only_path(args.tokenizer, "tokenizer")),
-        TextSettings(**args.settings.get("text", {})),
+        block(TextSettings, args.settings.get("text"), "text"),
         block(Validation, args.settings.get("validation"), "validation"),
         args.settings.get("part", "000000"),
         args.out,

@@ -41,7 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     workers, interval_s = how.settings.download_workers, how.settings.log_interval_s
     if args.settings.get("files") is None:
         lock_file = Path(how.extras["lock_file"] or "corpora.lock.json")
-        entry = kinds.lock(name, source, workers=workers, label=how.label, interval_s=interval_s)
+        entry = kinds.lock(
+            name,
+            source,
+            workers=workers,
+            label=how.label,
+            interval_s=interval_s,
+            before=locks.read(lock_file).get(name),
+        )
         locks.put(lock_file, {name: entry})
         raise UserError(
             f"corpus {name} is now locked: {len(entry.files):,} files, {quantity(entry.n_bytes, 'B')},"

@@ -5,6 +5,7 @@
     python -m snakegpt.stages.lock_corpora --update mine    take the source as it is now
 
 A corpus whose source gives other bytes than were locked is an error that shows both, unless --update.
+A hub repository without a revision stays at the commit it was locked at; --update takes the newest.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ def lock_corpora(settings: Settings, lock_file: Path, names: list[str], *, updat
                 f"{name}  its source has changed: {locks.changes(old, source.model_dump(mode='json'))}"
             )
         new = kinds.lock(
-            name, source, workers=settings.execution.download_workers, label=f"lock_corpora {name}"
+            name,
+            source,
+            workers=settings.execution.download_workers,
+            label=f"lock_corpora {name}",
+            before=None if update else old,
         )
         drift = locks.drift(old, new) if old and same_source else []
         if drift and not update:
