@@ -204,3 +204,13 @@ def test_the_environment_names_the_store(monkeypatch):
 def test_no_record_is_read_from_rubbish(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     assert read_record(tmp_path / "x.json") is None
+
+
+def test_a_page_keeps_its_name_for_browsers(store):
+    record = published(store, {"report.html": b"<html>", "summary.json": b"{}"})
+    folder = Path("results/reports/x")
+    link(store, record, folder)
+    page = folder / "report.html"
+    assert Path(os.path.realpath(page)).name == "report.html"
+    assert digest_of(store, page) == record["outputs"]["report.html"]["sha256"]
+    assert (folder / "summary.json").is_symlink()

@@ -153,8 +153,10 @@ def test_results_stand_where_the_design_says(project):
         "reports/tiny/report.html",
         "reports/index.html",
     ):
-        assert (results / path).is_symlink(), path
-        assert not os.path.isabs(os.readlink(results / path))
+        if path.endswith(".html"):  # browsers go by the name that a link leads to
+            assert not (results / path).is_symlink(), path
+        else:
+            assert not os.path.isabs(os.readlink(results / path)), path
         assert (results / path).stat().st_size > 0
 
 

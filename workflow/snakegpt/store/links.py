@@ -3,7 +3,8 @@
     results/models/gpt2/weights.safetensors              -> ../../../store/objects/ab/ab12...
     results/.actions/models/gpt2/weights.safetensors.json -> the record of the action that made it
 
-Symbolic links, unless the setting store.link or the filesystem wants hard links, reflinks or copies.
+Symbolic links, unless the setting store.link or the filesystem wants hard links, reflinks or copies;
+pages for browsers are copies.
 """
 
 from __future__ import annotations
@@ -100,6 +101,9 @@ def _show(store: Store, entry: Entry, path: Path, results: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(results)
     ways = _WAYS[store.link_mode]
+    if store.link_mode == "auto" and path.suffix == ".html":
+        # Browsers follow symbolic links, and show what has no .html in its name as source.
+        ways = [_reflink, _copy]
     for way in ways:
         try:
             way(target, path, aside, entry.mode)
