@@ -97,6 +97,9 @@ def arguments_of(stage):
         words = [stage, request.name, "--output", request.folder]
         words += ["--store", SETTINGS.store.path]
         words += ["--check", SETTINGS.store.check, "--link", SETTINGS.store.link]
+        if SETTINGS.store.remote:
+            words += ["--remote", SETTINGS.store.remote]
+            words += [] if SETTINGS.store.push else ["--no-push"]
         words += ["--settings", json.dumps(request.settings)]
         words += ["--execution", json.dumps(request.execution)]
         for role, paths in request.inputs.items():

@@ -42,22 +42,32 @@ def run(
     unhashed: dict[str, list[Path]],
     state: bool,
     chain: bool,
+    remote_url: str | None = None,
+    push: bool = True,
 ) -> None:
     """Bring the results of one action to the folder `output`, by look-up or by running its stage.
 
-    inputs    role -> files whose content is part of the key
-    unhashed  role -> files the stage gets as well, whose content is not (a place, a measurement)
-    state     whether the stage resumes from state/<key>
-    chain     whether the stage gets the records of what made its inputs
-    raises    UserError, SystemExit with the stage's status if it fails
+    inputs      role -> files whose content is part of the key
+    unhashed    role -> files the stage gets as well, whose content is not (a place, a measurement)
+    state       whether the stage resumes from state/<key>
+    chain       whether the stage gets the records of what made its inputs
+    remote_url  store that is asked on a miss and, if `push`, given what ran; None: there is none
+    raises      UserError, SystemExit with the stage's status if it fails
     """
     started = time.monotonic()
     digests = {role: [_digest(store, path) for path in paths] for role, paths in inputs.items()}
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
     record = store.look_up(action.key)
+    remote, ran = None, False
     if record is None:
         store.make()
+        if remote_url:
+            from snakegpt.store.remote import Remote  # a hit has no time for it
+
+            remote = Remote(store, remote_url)
+            record = remote.try_pull(action.key, label)
+    if record is None:
         waits = f"{label}  waits for another run of it"
         with store.claim(action.key, lambda: say(waits)) as lease:
             record = store.look_up(action.key)  # what we waited for
@@ -72,10 +82,12 @@ def run(
                 store.record(action.key, record)
                 shutil.rmtree(store.state_path(action.key), ignore_errors=True)
                 say(f"{label}  done in {duration(wall_s)}, {_content(outputs)}")
-                link(store, record, output)
-                return
+                ran = True
     link(store, record, output)
-    say(f"{label}  found in the store  ({action.key[:12]})")
+    if not ran:
+        say(f"{label}  found in the store  ({action.key[:12]})")
+    elif remote and push:
+        remote.try_push(record, label)
 
 
 def _digest(store: Store, path: Path) -> str:
@@ -222,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", default="store", help="folder of the store")
     add("--check", choices=get_args(Check), default="size", help="what a hit checks of each object")
     add("--link", choices=get_args(LinkMode), default="auto", help="how results/ shows objects")
+    add("--remote", metavar="URL", help="store that is asked on a miss and given what runs here")
+    add("--no-push", dest="push", action="store_false", help="give the remote store nothing")
     parser.add_argument("--state", action="store_true", help="the stage resumes from saved state")
     parser.add_argument(
         "--provenance",
@@ -253,6 +267,8 @@ def main(argv: list[str] | None = None) -> None:
         unhashed=_roles(args.unhashed),
         state=args.state,
         chain=args.provenance,
+        remote_url=args.remote,
+        push=args.push,
     )
 
 

@@ -13,6 +13,7 @@ out of keys too; so is where a corpus comes from, since its content is pinned by
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -276,6 +277,10 @@ class StoreSettings(Closed):
     """What a hit checks of each object: its size, or its sha256 as well, which reads it whole."""
     link: Literal["auto", "symlink", "hardlink", "reflink", "copy"] = "auto"
     """How results/ shows objects; auto: symbolic links, where the filesystem has them."""
+    remote: Annotated[str, Field(min_length=1)] | None = None
+    """Store that several machines share, asked before a stage runs: a folder or an fsspec URL such as s3://bucket/team. Credentials come from the environment."""
+    push: bool = True
+    """Give the remote store what runs here."""
 
 
 class Settings(Closed):
@@ -367,6 +372,11 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
                 f"tokenizers.{name}.corpus = '{tokenizer.corpus}' is not defined."
                 + nearest(tokenizer.corpus, settings.corpora)
             )
+    if re.search(r"://[^/]*:[^/]*@", settings.store.remote or ""):
+        problems.append(
+            "store.remote holds a password; it would stand in files and logs."
+            "\n  credentials come from the environment (AWS_ACCESS_KEY_ID, ...)"
+        )
     if problems:
         raise UserError("\n".join(problems) + _changed_in(files))
     return settings

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from snakegpt.errors import UserError
+from snakegpt.errors import UserError, nearest
 from snakegpt.locks import read as read_locks
-from snakegpt.pipeline import TARGETS, Pipeline, Request
+from snakegpt.pipeline import OUTPUTS, TARGETS, Pipeline, Request
 from snakegpt.settings import load_files
+from snakegpt.store.links import maker
 from snakegpt.store.objects import Store
+from snakegpt.store.provenance import chain
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -62,3 +65,33 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"--config wants NAME=VALUE, found '{pair}'.")
         values[key] = yaml.safe_load(value)
     return values
+
+
+def add_without(parser: argparse.ArgumentParser) -> None:
+    """The flag that leaves stages out, as `args.without`."""
+    parser.add_argument(
+        "--without",
+        type=_stages,
+        default=frozenset(),
+        metavar="STAGE,...",
+        help="stages whose objects are left out, such as fetch_corpus,encode_tokens",
+    )
+
+
+def _stages(text: str) -> frozenset[str]:
+    stages = frozenset(filter(None, text.split(",")))
+    for stage in sorted(stages - OUTPUTS.keys()):
+        raise UserError(f"--without: unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
+    return stages
+
+
+def chain_behind(store: Store, pipeline: Pipeline, targets: list[str]) -> list[dict[str, Any]]:
+    """The records behind what results/ shows of some targets, with all they follow from; sources first.
+
+    raises   UserError if a target is no result or is not there
+    """
+    paths = [Path(requested(pipeline, target).outputs[0]) for target in targets]
+    for target, path in zip(targets, paths, strict=True):
+        if maker(path) is None:
+            raise UserError(f"'{target}' has not been made yet.\n  make it: snakemake {target}")
+    return chain(store, paths)

@@ -203,6 +203,11 @@ class Store:
         self._move_in(aside, entry)
         return entry.sha256
 
+    def take_in(self, path: Path, sha256: str, n_bytes: int) -> None:
+        """Move a file of this filesystem into the store that was hashed while it was written."""
+        self._move_in(path, Entry("", 0o444, sha256, n_bytes))
+        sync(self.object_path(sha256).parent)
+
     def record(self, key: str, record: Mapping[str, Any]) -> None:
         """Write an action's record; from here on its outputs are found by look-up."""
         path = self.action_path(key)
