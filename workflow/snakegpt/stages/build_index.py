@@ -16,7 +16,7 @@ from snakegpt.errors import UserError, reports_errors
 from snakegpt.pages.index import index_page
 from snakegpt.progress import say
 
-REVISION = 1  # bump when templates/ change: tests/test_pages.py tells
+REVISION = 2  # bump when templates/ change: tests/test_pages.py tells
 SCIENCE = ("snakegpt.pages.index",)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 
 from snakegpt.errors import reports_errors
-from snakegpt.store import explain
+from snakegpt.store import adopt, diff, show, why
 
 # Each adds its subparser, whose `run` is called with the arguments.
-COMMANDS = (explain,)
+COMMANDS = (why, show, diff, adopt)
 
 
 @reports_errors
