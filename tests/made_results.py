@@ -14,6 +14,7 @@ from snakegpt.pipeline import Pipeline, Request
 from snakegpt.settings import load_files
 from snakegpt.store import Store
 from snakegpt.store.explain import Explainer, Verdict, ordered
+from snakegpt.store.links import maker
 
 TINY = Path(__file__).parent / "tiny.yaml"
 PINS = ("4a" * 32, "cf" * 32)
@@ -51,11 +52,15 @@ class MadeProject:
         source = load_files([self.file]).corpus("generated").source.model_dump()
         locks.put("corpora.lock.json", {"generated": locks.Entry(source, files)})
 
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        return config
+
     def write(self, config: dict[str, Any]) -> None:
         self.file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
     def set(self, path: str, value: object) -> None:
-        config = yaml.safe_load(self.file.read_text(encoding="utf-8"))
+        config = self.config()
         *parents, last = path.split(".")
         block = config
         for parent in parents:
@@ -118,7 +123,7 @@ class MadeProject:
             state=False,
             chain=request.stage == "build_report",
         )
-        record = self.store.look_up(self._key(request))
+        record = maker(Path(request.outputs[0]))
         assert record
         return record
 
@@ -129,14 +134,9 @@ class MadeProject:
         self.ran.clear()
         return self
 
-    def _key(self, request: Request) -> str:
-        key = Explainer(self.store, self.pipeline).of(request).key
-        assert key
-        return key
-
     def _usual(self, request: Request) -> dict[str, object]:
         files: dict[str, object] = {
-            Path(path).name: f"{request.stage} {json.dumps(request.settings, sort_keys=True)}"
+            Path(path).name: f"{path} {json.dumps(request.settings, sort_keys=True)}"
             for path in request.outputs
         }
         if request.stage == "fetch_corpus":

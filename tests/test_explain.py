@@ -59,8 +59,7 @@ def test_what_differs_itself_runs_and_what_follows_may_run(project):
         project.verdict("sample_text").status == "runs"
     )  # its own setting, whatever training gives
     assert (
-        project.verdict("evaluate_model").reason()
-        == "if weights, best or config come out different"
+        project.verdict("evaluate_model").reason() == "only on a change of weights, best or config"
     )
 
 

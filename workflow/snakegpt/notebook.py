@@ -47,7 +47,11 @@ class Results:
         """metrics.jsonl, one row a line; `event`: start, resume, train, validation or end."""
         import pandas
 
-        return pandas.DataFrame(_json_lines(self._file("train_model", "metrics.jsonl")))
+        frame = pandas.DataFrame(_json_lines(self._file("train_model", "metrics.jsonl")))
+        # A column that not every event has keeps its integers: step 10, not 10.0.
+        return frame.convert_dtypes(
+            convert_string=False, convert_boolean=False, convert_floating=False
+        )
 
     @functools.cached_property
     def evaluation(self) -> dict[str, Any]:

@@ -539,7 +539,7 @@ def place(path: Sequence[Any], files: Sequence[str | Path]) -> tuple[str, int] |
 
 @functools.lru_cache(maxsize=8)  # an explanation asks for many places in the same few files
 def _composed(text: str) -> yaml.Node | None:
-    return yaml.compose(text)
+    return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:

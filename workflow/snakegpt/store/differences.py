@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from snakegpt.identity import canonical_json
-
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "(not set)"})()
 
 Kind = Literal["setting", "code", "input"]
@@ -153,7 +151,7 @@ def _leaves(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for index, pair in enumerate(zip(old, new, strict=True)):
             yield from _leaves(*pair, f"{where}[{index}]")
-    elif ABSENT in (old, new) or canonical_json(old) != canonical_json(new):
+    elif type(old) is not type(new) or old != new:  # 1, 1.0 and true are three keys
         yield where, old, new
 
 

@@ -73,7 +73,7 @@ class Verdict:
         if self.awaited and (self.status == "may run" or not own):
             roles = list(self.awaited)
             several = " or ".join([", ".join(roles[:-1]), roles[-1]] if roles[1:] else roles)
-            return f"if {several} come{'' if roles[1:] else 's'} out different"
+            return f"only on a change of {several}"
         if not own:
             return "nothing differs"
         return own[0] + (f", and {len(own) - 1:,} more" if len(own) > 1 else "")
@@ -142,7 +142,8 @@ class Explainer:
             "runs",
             None if awaited else key,
             record,
-            self._explained(request, record, wanted) if record else [],
+            # The same key is the same action.
+            self._explained(request, record, wanted) if record and record["key"] != key else [],
             awaited=awaited,
             outputs=_shown(request, there or record),
             upstream=[self.of(source) for source in self._sources(request)],
@@ -243,6 +244,8 @@ class Explainer:
     def _never_made(self, request: Request) -> str:
         if Path(request.outputs[0]).exists():
             return "no record says what made it"
+        if "files" in request.settings and not request.settings["files"]:
+            return "nothing has made it yet, and its corpus is not locked"
         return "nothing has made it yet"
 
     def _not_shown(self, request: Request, record: Mapping[str, Any]) -> list[str]:

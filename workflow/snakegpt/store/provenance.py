@@ -100,7 +100,8 @@ def chain_of(
         if record is None or record["key"] in found:
             return
         for entry in sources_of(record):
-            visit(made(store, entry, results))
+            if entry.get("action") not in found:  # a thousand parts share their corpus
+                visit(made(store, entry, results))
         found[record["key"]] = record
 
     for record in records:

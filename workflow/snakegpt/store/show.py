@@ -284,7 +284,10 @@ def _surroundings(made: Mapping[str, Any]) -> list[tuple[str, str]]:
     if made.get("dirty"):
         diff = made.get("diff", {}).get("sha256")
         commit += f" with uncommitted changes ({diff[:12]}; --diff prints them)" if diff else " and uncommitted changes"  # fmt: skip
-    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    versions = (
+        ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+        or "unknown"
+    )
     return [("commit", commit), ("versions", versions), ("platform", str(made.get("platform", "unknown")))]  # fmt: skip
 
 
