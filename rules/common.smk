@@ -1,9 +1,11 @@
 # What the rules share: the checked settings and functions that ask the pipeline. No rules here.
+import atexit
 import json
 import os
 import sys
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import Quietness
 
 from snakegpt.errors import UserError, nearest
 from snakegpt.identity import code_of, digest
@@ -33,7 +35,7 @@ os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH
 
 PIPELINE = user_error_as_workflow_error(make_pipeline)
 SETTINGS = PIPELINE.settings
-STORE = Store.locate(SETTINGS.store.path)
+STORE = Store.locate(SETTINGS.store.path, check=SETTINGS.store.check)
 
 # Snakemake stops at a link to nothing; a missing result it knows how to make.
 if workflow.is_main_process:
@@ -44,6 +46,32 @@ if workflow.is_main_process:
             " this run restores or rebuilds them",
             file=sys.stderr,
         )
+
+
+def tell_reasons():
+    """After a dry run, say why each of its stages would run and what that may cost.
+
+    Snakemake calls no hook then, so this is called at exit, and looks whether there was one that
+    did not fail. --lint, --report, --unlock and the like execute nothing, dry or not.
+    """
+    scheduler = workflow.scheduler
+    if not workflow.dryrun or scheduler is None or scheduler.failed:
+        return
+    if Quietness.ALL in (workflow.output_settings.quiet or ()):
+        return
+    jobs = workflow.dag.needrun_jobs(exclude_finished=False)
+    # Imported here, for a dry run alone.
+    from snakegpt.store.explain import Explainer
+    from snakegpt.store.forecast import of_jobs
+
+    files = list(dict.fromkeys(map(os.path.relpath, workflow.configfiles)))
+    asked = [(job.rule.name, dict(job.wildcards.items())) for job in jobs]
+    for line in of_jobs(Explainer(STORE, PIPELINE, files), asked):
+        print(line)
+
+
+if workflow.is_main_process:
+    atexit.register(tell_reasons)
 
 
 def one_of(names):

@@ -27,6 +27,7 @@ LAYERS = [
         "run",
         "reference",
         "demo",
+        "notebook",
     },
     {"command", "sources", "documents", "tokenizers", "shards"},
     {"model", "huggingface_format", "optimizer", "distributed", "batches", "placement", "tokens"},

@@ -56,6 +56,9 @@ def run(
     """
     started = time.monotonic()
     digests = {role: [_digest(store, path) for path in paths] for role, paths in inputs.items()}
+    if chain:
+        hashed = [path for paths in inputs.values() for path in paths]
+        settings = provenance.told(store, stage, settings, hashed)
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
     record = store.look_up(action.key)

@@ -13,6 +13,7 @@ out of keys too; so is where a corpus comes from, since its content is pinned by
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -519,11 +520,11 @@ def _member(annotation: Any, value: Any) -> Any:
     return options[0]
 
 
-def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:
-    """' (file, line n)' of the last file that sets the path or its deepest known parent; '' if none does."""
+def place(path: Sequence[Any], files: Sequence[str | Path]) -> tuple[str, int] | None:
+    """(file, line) of the last of some configuration files that sets a value, or None if none does."""
     for file in reversed(files):
         try:
-            node = yaml.compose(Path(file).read_text(encoding="utf-8"))
+            node = _composed(Path(file).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             continue
         line = None
@@ -534,12 +535,26 @@ def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:
                     break
                 line, node = pair[0].start_mark.line + 1, pair[1]
             elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+                if part >= len(node.value):
+                    break
                 node = node.value[part]
                 line = node.start_mark.line + 1
+            else:
+                break
         else:
             if line:
-                return f" ({file}, line {line})"
-    return ""
+                return str(file), line
+    return None
+
+
+@functools.lru_cache(maxsize=8)  # an explanation asks for many places in the same few files
+def _composed(text: str) -> yaml.Node | None:
+    return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:
+    found = place(path, files)
+    return f" ({found[0]}, line {found[1]})" if found else ""
 
 
 def _changed_in(files: Sequence[str | Path]) -> str:

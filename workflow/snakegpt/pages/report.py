@@ -65,6 +65,7 @@ def report_page(evidence: Evidence) -> str:
         "settings_yaml": settings_yaml(evidence.experiment, settings),
         "chain": _chain(evidence),
         "actions": [_action(action) for action in evidence.provenance or ()],
+        "adoptions": [_adoption(a) for a in evidence.provenance or () if "adopted" in a],
         "versions": _versions(evidence),
     }
     return render("report.html.j2", **context)
@@ -400,6 +401,10 @@ def _chain(evidence: Evidence) -> list[dict[str, Any]]:
 def _action(action: Mapping[str, Any]) -> dict[str, Any]:
     finished = str(action.get("finished", ""))  # ISO 8601, UTC
     return {**action, "finished": finished[:16].replace("T", " ")}
+
+
+def _adoption(action: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_action(action["adopted"]), "stage": action["stage"], "name": action["name"]}
 
 
 def _versions(evidence: Evidence) -> str:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 
 from snakegpt.errors import reports_errors
-from snakegpt.store import archive, explain, sharing
+from snakegpt.store import adopt, archive, diff, sharing, show, why
 
 # Each adds its subparser, whose `run` is called with the arguments.
-COMMANDS = (explain, sharing, archive)
+COMMANDS = (why, show, diff, adopt, sharing, archive)
 
 
 @reports_errors

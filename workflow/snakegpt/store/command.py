@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +40,16 @@ def store_of(pipeline: Pipeline) -> Store:
 
 
 def requested(pipeline: Pipeline, target: str) -> Request:
-    """The request behind a file in results/ or a target such as train_gpt2.
+    """The request behind a file in results/ or a target such as train_gpt2 or all.
 
     raises   UserError for anything else
     """
     prefix, _, name = target.partition("_")
     path = TARGETS[prefix].format(experiment=name) if prefix in TARGETS else target
-    request = pipeline.find(path)
+    if target == "all":
+        path = OUTPUTS["build_index"][0]
+    path = os.path.relpath(path)
+    request = pipeline.find(path) or _beside(pipeline, Path(path))
     if request is None:
         raise UserError(
             f"'{target}' is no result of this pipeline.\n"
@@ -52,9 +58,29 @@ def requested(pipeline: Pipeline, target: str) -> Request:
     return request
 
 
+def _beside(pipeline: Pipeline, path: Path) -> Request | None:
+    """The request behind a file that is published beside those the rules name."""
+    record = maker(path)
+    for parent in path.parents if record else ():
+        for name in record["outputs"] if record else ():
+            request = pipeline.find((parent / name).as_posix())
+            if request:
+                return request
+    return None
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """For people, on standard output; who reads it may stop at any line, as `head` does."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def print_json(value: Any) -> None:
     """For programs: one indented JSON value on standard output."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+    print_lines([json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)])
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:
