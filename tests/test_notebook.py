@@ -24,6 +24,7 @@ def test_importing_the_package_is_light():
 def test_metrics_and_samples_are_frames_of_their_lines(made):
     tiny = results("tiny")
     assert list(tiny.metrics["event"]) == ["start", "train", "end"]
+    assert tiny.metrics["step"].dtype == "Int64"  # whole, though the start has none
     end = tiny.metrics[tiny.metrics["event"] == "end"].iloc[0]
     assert (end["step"], end["elapsed_s"], end["rate_tokens_per_s"]) == (30, 90.0, 42.7)
     assert tiny.samples.to_dict("records") == [{"prompt": "the ", "text": "cat"}]

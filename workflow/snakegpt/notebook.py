@@ -47,11 +47,14 @@ class Results:
         """metrics.jsonl, one row a line; `event`: start, resume, train, validation or end."""
         import pandas
 
-        frame = pandas.DataFrame(_json_lines(self._file("train_model", "metrics.jsonl")))
+        lines = _json_lines(self._file("train_model", "metrics.jsonl"))
         # A column that not every event has keeps its integers: step 10, not 10.0.
-        return frame.convert_dtypes(
-            convert_string=False, convert_boolean=False, convert_floating=False
-        )
+        values: dict[str, list[Any]] = {}
+        for line in lines:
+            for name, value in line.items():
+                values.setdefault(name, []).append(value)
+        whole = [name for name, column in values.items() if all(type(v) is int for v in column)]
+        return pandas.DataFrame(lines).astype(dict.fromkeys(whole, "Int64"))
 
     @functools.cached_property
     def evaluation(self) -> dict[str, Any]:
