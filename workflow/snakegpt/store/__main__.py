@@ -9,10 +9,15 @@ from __future__ import annotations
 import argparse
 
 from snakegpt.errors import reports_errors
-from snakegpt.store import explain
+from snakegpt.store import explain, gc, pins, verify
 
 # Each adds its subparser, whose `run` is called with the arguments.
-COMMANDS = (explain,)
+COMMANDS = (
+    explain,
+    verify,
+    gc,
+    pins,
+)
 
 
 @reports_errors

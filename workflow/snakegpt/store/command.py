@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 import yaml
@@ -47,6 +48,14 @@ def requested(pipeline: Pipeline, target: str) -> Request:
             "  name a file below results/ or a target such as train_gpt2"
         )
     return request
+
+
+def age_s(text: str) -> float:
+    """Seconds in an age as people write it: 90s, 45m, 12h, 30d, 2w."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is no age such as 90s, 45m, 12h, 30d or 2w")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
 
 
 def print_json(value: Any) -> None:
