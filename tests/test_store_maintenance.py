@@ -566,6 +566,13 @@ def test_a_store_that_is_whole_gives_nothing(store):
 def test_the_key_is_computed_as_the_runner_computes_it(store):
     corpus, model = chain(store)
     assert [verify.key_of(made.record) for made in (corpus, model)] == [corpus.key, model.key]
+    science = {"ä": [1, 2.5, 1e-7, None, True], "b": {"z": "\n", "a": 10**20, "": {}}}
+    expected = Action("s", science, {"revision": 2}, {"x": ["1", "2"], "a": []}).key
+    inputs = {"x": [{"sha256": "1"}, {"sha256": "2", "path": "p"}], "a": []}
+    record = {"stage": "s", "science": science, "code": {"revision": 2}, "inputs": inputs}
+    assert verify.key_of(json.loads(json.dumps(record))) == expected
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        verify.key_of(record | {"science": float("nan")})
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "longer"])

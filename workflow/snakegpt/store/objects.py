@@ -244,10 +244,11 @@ class Store:
             ) from None
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: str | Path) -> dict[str, Any] | None:
     """An action record, or None if it is missing or no valid record (half-written, edited)."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        with open(path, "rb") as file:
+            record = json.loads(file.read())
+    except (OSError, ValueError):  # also of bytes that are no text, and of text that is no JSON
         return None
     return record if isinstance(record, dict) and isinstance(record.get("outputs"), dict) else None
