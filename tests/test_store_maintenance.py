@@ -20,6 +20,7 @@ from snakegpt.identity import Action
 from snakegpt.store import Store, alive, gc, links, provenance, reach, verify
 from snakegpt.store.__main__ import main
 from snakegpt.store.gc import collect
+from snakegpt.store.objects import Entry
 from snakegpt.store.pins import pin, pins, unpin
 
 ROOT = Path(__file__).parent.parent
@@ -421,6 +422,40 @@ def test_an_action_that_is_found_while_gc_runs_stays_whole(store, later, monkeyp
     assert records(store) == {found.key}
     assert store.look_up(found.key) == found.record
     assert objects(store) == needed(store, found)
+
+
+def test_what_a_run_finds_is_young_again_or_a_miss(store, later, monkeypatch):
+    made = action(store, "train_model", "b", {"weights": "v"})
+    path = store.action_path(made.key)
+    os.utime(path, (1e9, 1e9))
+    assert store.look_up(made.key) and path.stat().st_mtime == 1e9  # a question uses nothing
+    assert store.use(made.key) and path.stat().st_mtime > time.time() - 60
+    look_up = store.look_up
+
+    def look_up_then_gc(key):
+        record = look_up(key)
+        collect(store, delete=True)
+        return record
+
+    later()
+    monkeypatch.setattr(store, "look_up", look_up_then_gc)
+    assert store.use(made.key) is None
+
+
+def test_an_object_that_goes_while_it_is_published_is_written(store, later, monkeypatch):
+    sha256, holds = store.put(b"found there"), store.holds
+
+    def hold_then_gc(*pair):
+        found = holds(*pair)
+        collect(store, delete=True)
+        return found
+
+    later()
+    monkeypatch.setattr(store, "holds", hold_then_gc)
+    aside = store.root / "new"
+    aside.write_bytes(b"found there")
+    store._move_in(aside, Entry("", 0o444, sha256, 11))
+    assert store.object_path(sha256).read_bytes() == b"found there"
 
 
 @pytest.mark.parametrize("change", ["made young", "published anew", "both at once"])

@@ -55,12 +55,12 @@ def run(
     digests = {role: [_digest(store, path) for path in paths] for role, paths in inputs.items()}
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
-    record = store.look_up(action.key)
+    record = store.use(action.key)
     if record is None:
         store.make()
         waits = f"{label}  waits for another run of it"
         with store.claim(action.key, lambda: say(waits)) as lease:
-            record = store.look_up(action.key)  # what we waited for
+            record = store.use(action.key)  # what we waited for
             if record is None:
                 say(f"{label}  runs  ({action.key[:12]})")
                 files = {**inputs, **unhashed}
