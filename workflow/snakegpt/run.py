@@ -61,7 +61,7 @@ def run(
         settings = provenance.told(store, stage, settings, hashed)
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
-    record = store.look_up(action.key)
+    record = store.use(action.key)
     remote, ran = None, False
     if record is None:
         store.make()
@@ -73,7 +73,7 @@ def run(
     if record is None:
         waits = f"{label}  waits for another run of it"
         with store.claim(action.key, lambda: say(waits)) as lease:
-            record = store.look_up(action.key)  # what we waited for
+            record = store.use(action.key)  # what we waited for
             if record is None:
                 say(f"{label}  runs  ({action.key[:12]})")
                 files = {**inputs, **unhashed}

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 
 from snakegpt.errors import reports_errors
-from snakegpt.store import adopt, archive, diff, sharing, show, why
+from snakegpt.store import adopt, archive, diff, gc, pins, sharing, show, verify, why
 
 # Each adds its subparser, whose `run` is called with the arguments.
-COMMANDS = (why, show, diff, adopt, sharing, archive)
+COMMANDS = (why, show, diff, adopt, verify, gc, pins, sharing, archive)
 
 
 @reports_errors

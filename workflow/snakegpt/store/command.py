@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -76,6 +77,14 @@ def print_lines(lines: Iterable[str]) -> None:
     except BrokenPipeError:
         # Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def age_s(text: str) -> float:
+    """Seconds in an age as people write it: 90s, 45m, 12h, 30d, 2w."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"'{text}' is no age such as 90s, 45m, 12h, 30d or 2w")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
 
 
 def print_json(value: Any) -> None:
