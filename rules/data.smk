@@ -60,6 +60,29 @@ rule build_tokenizer:
         "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
+rule screen_documents:
+    input:
+        unpack(inputs_of("screen_documents")),
+    output:
+        drops="results/corpora/{corpus}/drops.json",
+    log:
+        "logs/screen_documents/{corpus}.log",
+    benchmark:
+        "logs/screen_documents/{corpus}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    params:
+        settings=settings_of("screen_documents"),
+        code=code_of_stage("screen_documents"),
+        arguments=arguments_of("screen_documents"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
+
+
 rule encode_tokens:
     input:
         unpack(inputs_of("encode_tokens")),

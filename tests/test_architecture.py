@@ -18,6 +18,7 @@ LAYERS = [
         "artefacts",
         "durable",
         "errors",
+        "formats",
         "progress",
         "settings",
         "identity",
@@ -29,7 +30,7 @@ LAYERS = [
         "demo",
         "notebook",
     },
-    {"command", "sources", "documents", "tokenizers", "shards"},
+    {"command", "sources", "documents", "splitting", "tokenizers", "engines", "shards"},
     {"model", "huggingface_format", "optimizer", "distributed", "batches", "placement", "tokens"},
     {
         "training_state",

@@ -89,10 +89,23 @@ Source = Annotated[
 class Validation(Closed):
     """How the validation split is chosen."""
 
-    by: Literal["document", "position"] = "document"
-    """document: by a hash of each document's text; position: the tail of every document (for few, long texts)."""
+    by: Literal["document", "position", "file"] = "document"
+    """document: by a hash of each document's text; position: the tail of every document (for few, long texts); file: the files that `files` names."""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of documents (document) or of each document's characters (position) that goes to validation."""
+    files: list[Annotated[str, Field(min_length=1)]] = []
+    """by: file only: paths in the corpus, glob patterns, whose documents are the validation split."""
+
+
+class Decontamination(Closed):
+    """Overlap of a corpus with texts that models are evaluated on."""
+
+    against: Annotated[list[Name], Field(min_length=1)]
+    """Corpora that hold the evaluation texts."""
+    words: Annotated[int, Field(ge=1)] = 13
+    """Length of a shared sequence, in lower-case words, that counts as overlap."""
+    drop: bool = True
+    """Drop documents that overlap; false only counts them, for the report."""
 
 
 class Corpus(Closed):
@@ -106,9 +119,17 @@ class Corpus(Closed):
     """Text files only: string between documents; null makes each file one document."""
     encoding_errors: Literal["refuse", "replace"] = "refuse"
     """Invalid UTF-8: stop with an error that names file and byte, or put U+FFFD in its place."""
+    minimum_characters: Annotated[int, Field(ge=0)] = 0
+    """Shorter documents are dropped and counted."""
+    filter: Annotated[str, Field(min_length=1)] | None = None
+    """Expression that keeps a document, over `text`, `characters` and the columns or keys beside it: "language == 'en' and score > 2"."""
+    deduplicate: bool = False
+    """Drop documents whose text occurred before in the corpus, byte for byte."""
+    decontaminate: Decontamination | None = None
+    """Count or drop documents that share long word sequences with an evaluation text; null: do not look."""
     validation: Validation = Validation()
-    part_bytes: Annotated[int, Field(ge=1)] = 256_000_000
-    """Raw bytes one encode job takes at most (a file is never divided); decides shard boundaries."""
+    part_bytes: Annotated[int, Field(ge=1)] = 400_000_000
+    """Raw bytes one encode job takes at most, about 100M tokens of English; decides shard boundaries."""
     description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
     """One line for the report."""
     license: Annotated[str, Field(json_schema_extra=LABEL)] = "unknown"
@@ -229,6 +250,8 @@ class Execution(Closed):
     """Attention kernel; auto: the faster one for device, precision and context."""
     compiled: Literal["auto"] | bool = "auto"
     """torch.compile the model; auto: on cuda only."""
+    engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
+    """What encodes: tiktoken, or gigatoken where it is installed, which gives the same ids many times faster."""
     download_workers: Annotated[int, Field(ge=1, le=64)] = 4
     """Files downloaded at once."""
     log_interval_s: Annotated[float, Field(gt=0)] = 5.0

@@ -95,6 +95,13 @@ class BytePairTokenizer:
             ids += self._encoding.encode_ordinary(piece)
         return ids
 
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        """As `encode`, without a Python integer for each id."""
+        found = [
+            self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode(list(ids), errors="replace")
 

@@ -316,6 +316,12 @@ def _tokens(evidence: Evidence) -> dict[str, Any]:
     ]
     dropped = evidence.tokens.get("dropped") or {}
     remarks = [f"dropped: {count(n, f'{kind} document')}" for kind, n in dropped.items() if n]
+    screening = evidence.tokens.get("screening") or {}
+    if screening.get("n_overlapping") is not None:
+        documents = count(screening["n_documents"], "document")
+        remarks.append(
+            f"{screening['n_overlapping']:,} of {documents} overlap with evaluation texts"
+        )
     replaced = evidence.tokens.get("replaced_bytes")
     if replaced:
         remarks.append(f"replaced by U+FFFD: {count(replaced, 'byte')} of invalid UTF-8")

@@ -55,7 +55,8 @@ def build_char(corpus: Path, settings: TextSettings) -> CharTokenizer:
     characters: set[str] = set()
     for path in corpora.raw_files(corpus):
         for document in read_documents(path, settings, Counts()):
-            characters.update(document)
+            for chunk in document.chunks():
+                characters.update(chunk)
     if not characters:
         raise UserError(f"{corpus} holds no text: there is no character to make a tokenizer of.")
     return char_tokenizer(characters)
