@@ -28,7 +28,7 @@ LAYERS = [
         "reference",
         "demo",
     },
-    {"command", "sources", "documents", "tokenizers", "shards"},
+    {"command", "sources", "documents", "tokenizers", "bpe_training", "shards"},
     {"model", "huggingface_format", "optimizer", "distributed", "batches", "placement", "tokens"},
     {
         "training_state",

@@ -16,9 +16,10 @@ from typing import Any
 
 from snakegpt.command import stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
+from snakegpt.shards import token_bytes
 
 REVISION = 1
-SCIENCE = ()
+SCIENCE = ("snakegpt.shards",)
 
 SUMS = ("n_documents", "n_text_bytes", "n_characters")
 
@@ -61,7 +62,7 @@ def index_tokens(parts: list[Path]) -> dict[str, Any]:
         dropped.update(content["dropped"])
     return {
         "tokenizer": tokenizer,
-        "dtype": "uint16",
+        "dtype": f"uint{8 * token_bytes(tokenizer['n_vocab'])}",
         "splits": splits,
         "dropped": dict(dropped),
         "replaced_bytes": sum(content["replaced_bytes"] for content in contents),
