@@ -9,7 +9,8 @@ rule lock_corpora:
         "../envs/snakegpt.yaml"
     threads: 1
     params:
-        configfiles=workflow.configfiles,
+        # Each once: Snakemake names the Snakefile's own again at the end, where it would win.
+        configfiles=list(dict.fromkeys(os.path.relpath(f) for f in workflow.configfiles)),
     shell:
         "python -m snakegpt.stages.lock_corpora --configfile {params.configfiles:q}"
         " 2>&1 | tee {log:q}"

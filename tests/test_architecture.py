@@ -30,7 +30,16 @@ LAYERS = [
         "demo",
         "notebook",
     },
-    {"command", "sources", "documents", "splitting", "tokenizers", "engines", "shards"},
+    {
+        "command",
+        "sources",
+        "documents",
+        "splitting",
+        "tokenizers",
+        "bpe_training",
+        "engines",
+        "shards",
+    },
     {"model", "huggingface_format", "optimizer", "distributed", "batches", "placement", "tokens"},
     {
         "training_state",

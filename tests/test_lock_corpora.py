@@ -54,7 +54,12 @@ def locked(project):
     return json.loads(path.read_text())["corpora"] if path.exists() else {}
 
 
-def test_what_the_default_experiments_use_is_locked_and_then_said_to_be(project):
+@pytest.mark.parametrize("kind", [{"kind": "char"}, {"kind": "bpe", "vocabulary": 300}])
+def test_what_the_default_experiments_use_is_locked_and_then_said_to_be(project, kind):
+    path = project / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["tokenizers"]["chars"] = kind | {"corpus": "two"}
+    path.write_text(yaml.safe_dump(config))
     done = run(project)
     assert done.returncode == 0, done.stderr
     assert set(locked(project)) == {"one", "two"}

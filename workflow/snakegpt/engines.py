@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from snakegpt.errors import UserError
-from snakegpt.tokenizers import GPT2_PATTERN, Tokenizer
+from snakegpt.tokenizers import PATTERNS, Tokenizer
 
 Engine = Literal["auto", "tiktoken", "gigatoken"]
 Ids = NDArray[np.unsignedinteger[Any]]
 
 # gigatoken's name of the pretokenizer that computes what tiktoken's pattern says.
-PRETOKENIZERS = {GPT2_PATTERN: "gpt2"}
+PRETOKENIZERS = {pattern: name for name, pattern in PATTERNS.items()}
 
 # Its cache of pretokens only grows (7 times the text where no word occurs twice): begin a new one.
 RENEW_BYTES = 32_000_000
@@ -77,6 +77,7 @@ class _Gigatoken:
             lines = (
                 f"{base64.b64encode(token).decode('ascii')} {rank}\n"
                 for rank, token in enumerate(self._tokenizer.ranks)
+                if token is not None
             )
             file.write_text("".join(lines), encoding="ascii")
             self._backend = gigatoken.Tokenizer.from_tiktoken(

@@ -21,7 +21,7 @@ from typing import Any
 from snakegpt.errors import UserError, nearest
 from snakegpt.formats import can_be_divided
 from snakegpt.locks import Entry, is_current
-from snakegpt.settings import CharTokenizer, Corpus, Experiment, Settings, science
+from snakegpt.settings import Corpus, Experiment, Settings, science
 
 # Stage -> the files each run of it is asked for; a rule's `output:` says the same (a test holds them equal).
 OUTPUTS = {
@@ -186,16 +186,12 @@ class Pipeline:
 
     def _build_tokenizer(self, tokenizer: str) -> Request:
         chosen = self.settings.tokenizer(tokenizer)
-        wildcards = {"tokenizer": tokenizer}
-        if isinstance(chosen, CharTokenizer):
-            text = _text_settings(self.settings.corpus(chosen.corpus))
-            return Request(
-                "build_tokenizer",
-                wildcards,
-                settings={"kind": "char", "text": text},
-                inputs={"corpus": [_output("fetch_corpus", corpus=chosen.corpus)]},
-            )
-        return Request("build_tokenizer", wildcards, settings={"kind": chosen.kind})
+        settings, inputs = science(chosen), {}
+        corpus = settings.pop("corpus", None)  # its name decides nothing, its content does
+        if corpus is not None:
+            settings["text"] = _text_settings(self.settings.corpus(corpus))
+            inputs["corpus"] = [_output("fetch_corpus", corpus=corpus)]
+        return Request("build_tokenizer", {"tokenizer": tokenizer}, settings, inputs)
 
     def _encode_tokens(self, corpus: str, tokenizer: str, part: str) -> Request:
         files = self.parts(corpus).get(part)

@@ -39,7 +39,10 @@ BLOCKS: tuple[type[BaseModel], ...] = (
     settings.HttpSource,
     settings.LocalSource,
     settings.Gpt2Tokenizer,
+    settings.TiktokenTokenizer,
     settings.CharTokenizer,
+    settings.ByteTokenizer,
+    settings.BpeTokenizer,
     settings.Execution,
 )
 

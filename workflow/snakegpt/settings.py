@@ -145,6 +145,14 @@ class Gpt2Tokenizer(Closed):
     kind: Literal["gpt2"]
 
 
+class TiktokenTokenizer(Closed):
+    """Another of OpenAI's byte-pair encodings, run by tiktoken."""
+
+    kind: Literal["tiktoken"]
+    encoding: Literal["r50k_base", "p50k_base", "cl100k_base", "o200k_base"]
+    """OpenAI's name: 50,257, 50,281, 100,277 or 200,019 ids; the last two make uint32 shards."""
+
+
 class CharTokenizer(Closed):
     """One id per character that occurs in a corpus, after the end-of-text id 0."""
 
@@ -153,7 +161,28 @@ class CharTokenizer(Closed):
     """Corpus whose characters make the vocabulary."""
 
 
-Tokenizer = Annotated[Gpt2Tokenizer | CharTokenizer, Field(discriminator="kind")]
+class ByteTokenizer(Closed):
+    """One id per byte of UTF-8 text, and 256 for end-of-text: spells any text, learns nothing."""
+
+    kind: Literal["byte"]
+
+
+class BpeTokenizer(Closed):
+    """A byte-pair vocabulary learnt from a corpus, run by tiktoken."""
+
+    kind: Literal["bpe"]
+    corpus: Name
+    """Corpus to learn from."""
+    vocabulary: Annotated[int, Field(ge=257)]
+    """Ids: 256 bytes, merges, and end-of-text; more than 65,536 make uint32 shards."""
+    pattern: Literal["gpt2", "cl100k", "o200k"] = "gpt2"
+    """How text is cut before merging: the pattern of GPT-2, cl100k_base or o200k_base."""
+    sample_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Learn from whole documents of about this many UTF-8 bytes, chosen by a hash of their text; null: from all."""
+
+
+AnyTokenizer = Gpt2Tokenizer | TiktokenTokenizer | CharTokenizer | ByteTokenizer | BpeTokenizer
+Tokenizer = Annotated[AnyTokenizer, Field(discriminator="kind")]
 
 
 # ---- experiments -----------------------------------------------------------------------------
@@ -330,7 +359,7 @@ class Settings(Closed):
     def corpus(self, name: str) -> Corpus:
         return _named(self.corpora, name, "corpus")
 
-    def tokenizer(self, name: str) -> Gpt2Tokenizer | CharTokenizer:
+    def tokenizer(self, name: str) -> AnyTokenizer:
         return _named(self.tokenizers, name, "tokenizer")
 
 
@@ -391,10 +420,11 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
         if name not in settings.experiments
     ]
     for name, tokenizer in settings.tokenizers.items():
-        if isinstance(tokenizer, CharTokenizer) and tokenizer.corpus not in settings.corpora:
+        corpus = getattr(tokenizer, "corpus", None)
+        if corpus is not None and corpus not in settings.corpora:
             problems.append(
-                f"tokenizers.{name}.corpus = '{tokenizer.corpus}' is not defined."
-                + nearest(tokenizer.corpus, settings.corpora)
+                f"tokenizers.{name}.corpus = '{corpus}' is not defined."
+                + nearest(corpus, settings.corpora)
             )
     if re.search(r"://[^/]*:[^/]*@", settings.store.remote or ""):
         problems.append(

@@ -333,7 +333,10 @@ def _tokenizer(evidence: Evidence) -> dict[str, Any]:
     found = evidence.tokenizer
     kinds = {
         "gpt2": "OpenAI's GPT-2 byte-pair encoding",
+        "tiktoken": f"OpenAI's {found.get('encoding')} byte-pair encoding",
         "char": "one id per character",
+        "byte": "one id per byte of UTF-8",
+        "bpe": "byte-pair encoding learnt from text",
     }
     padded = evidence.plan.get("n_vocab_padded")
     text = f"{kinds.get(found['kind'], found['kind'])}, {found['n_vocab']:,} ids"

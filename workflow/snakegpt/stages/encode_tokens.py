@@ -1,8 +1,8 @@
 """Encode one part of a corpus: documents to token shards of both splits.
 
 Reads: the raw files of the part, found through corpus.json, and tokenizer.json. Writes:
-train_<part>.bin and val_<part>.bin (uint16, little-endian, after the 1,024-byte header of llm.c) and
-part_<part>.json, which says what they hold. Every document starts with the end-of-text id. By hand:
+train_<part>.bin and val_<part>.bin (uint16, above 65,536 ids uint32, little-endian, after the 1,024-byte
+header of llm.c) and part_<part>.json, which says what they hold. Every document starts with the end-of-text id. By hand:
 
     python -m snakegpt.stages.encode_tokens --corpus results/corpora/shakespeare/corpus.json \\
         --tokenizer results/tokenizers/gpt2/tokenizer.json --out /tmp/tokens \\
@@ -62,9 +62,10 @@ def encode_tokens(
     counts = Counts()
     encode = encoder(tokenizer, engine)
     started, done = time.monotonic(), 0
+    kind = tokenizer.fingerprint, tokenizer.n_vocab
     with (
-        ShardWriter(out / f"train_{part}.bin", tokenizer.fingerprint) as train,
-        ShardWriter(out / f"val_{part}.bin", tokenizer.fingerprint) as val,
+        ShardWriter(out / f"train_{part}.bin", *kind) as train,
+        ShardWriter(out / f"val_{part}.bin", *kind) as val,
     ):
         splits = {
             "train": _Split(train, tokenizer.n_vocab, tokenizer.end_of_text),
@@ -93,8 +94,8 @@ def encode_tokens(
                 report(done + min(read, source.n_bytes - 1))
             done += source.n_bytes
             report(done)
-        for split in splits.values():
-            split.flush()
+        for filled in splits.values():
+            filled.flush()
     description = {
         "tokenizer": describe(tokenizer),
         "splits": {name: split.description() for name, split in splits.items()},

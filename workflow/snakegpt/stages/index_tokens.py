@@ -20,9 +20,10 @@ import numpy as np
 
 from snakegpt.command import only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
+from snakegpt.shards import token_bytes
 
 REVISION = 2  # 2: statistics
-SCIENCE = ()
+SCIENCE = ("snakegpt.shards",)
 
 SUMS = ("n_documents", "n_text_bytes", "n_characters")
 
@@ -79,7 +80,7 @@ def index_tokens(parts: list[Path], drops: Path | None = None) -> dict[str, Any]
     return {
         **screening,
         "tokenizer": tokenizer,
-        "dtype": "uint16",
+        "dtype": f"uint{8 * token_bytes(tokenizer['n_vocab'])}",
         "splits": splits,
         "dropped": dict(dropped),
         "replaced_bytes": sum(content["replaced_bytes"] for content in contents),
