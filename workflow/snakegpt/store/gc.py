@@ -155,6 +155,13 @@ def collect(
 
 def _forget_the_gone(roots: Sequence[Root], forgotten: Sequence[str]) -> None:
     """Stop before anything is removed that results out of sight may need."""
+    out_of_sight = {root.results for root in roots if root.problem}
+    for folder in forgotten:
+        if folder not in out_of_sight:
+            raise UserError(
+                f"--forget {folder}: it can be read, or uses another store.\n"
+                "  a results/ folder that is deleted is forgotten by itself"
+            )
     for root in roots:
         if root.problem and not root.deleted and root.results not in forgotten:
             raise UserError(
