@@ -30,6 +30,8 @@ def corpora_in_use(settings: Settings) -> list[str]:
     for experiment in (settings.experiments[name] for name in settings.default_experiments):
         names.append(experiment.corpus)
         names.append(getattr(settings.tokenizers[experiment.tokenizer], "corpus", None))
+        screened = settings.corpus(experiment.corpus).decontaminate
+        names += screened.against if screened else []
     return list(dict.fromkeys(name for name in names if name))
 
 
