@@ -15,6 +15,7 @@ from snakegpt.documents import Document
 from snakegpt.settings import Validation
 from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import char_tokenizer
+from snakegpt.tokens import open_split, read_manifest
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
 POSITION = {"by": "position", "fraction": 0.1}
@@ -186,3 +187,17 @@ def test_a_raw_file_that_is_not_the_locked_one_is_refused(tmp_path):
     assert "a.txt is not the file that was locked" in done.stderr
     assert locked[0]["sha256"] in done.stderr
     assert hashlib.sha256(b"abd").hexdigest() in done.stderr
+
+
+def test_more_characters_than_uint16_counts_are_uint32_ids_that_batches_read(tmp_path):
+    letters = "".join(map(chr, range(0x10000, 0x20000)))  # 65,536, and the end-of-text id
+    files = {"a.txt": letters.encode()}
+    done, out = encode(tmp_path, files, {"part": "000000", "validation": POSITION}, letters)
+    assert done.returncode == 0, done.stderr
+    done = stage("index_tokens", {}, out, "--parts", out / "part_000000.json")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(out / "manifest.json")
+    assert manifest["dtype"] == "uint32"
+    val = open_split(out / "manifest.json", manifest, "val")
+    assert val.read(len(val) - 3, len(val)).tolist() == [65_534, 65_535, 65_536]
+    assert val.read(0, 1).tolist() == [0]

@@ -71,6 +71,13 @@ def test_parts_are_added_up_in_order_and_empty_shards_left_out(tmp_path):
     assert manifest["tokenizer"] == parts[0]["tokenizer"]
 
 
+@pytest.mark.parametrize(("n_vocab", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_vocabulary_decides_the_type_of_ids(tmp_path, n_vocab, dtype):
+    one = part(0)
+    one["tokenizer"]["n_vocab"] = n_vocab
+    assert index_tokens(write(tmp_path, one))["dtype"] == dtype
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
