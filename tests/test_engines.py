@@ -41,7 +41,8 @@ def test_gigatoken_and_tiktoken_agree(name, text):
 
 
 def test_a_new_cache_is_begun_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(engines, "RENEW_BYTES", 100)
+    monkeypatch.setattr(engines, "LOOK_CHARACTERS", 100)
+    monkeypatch.setattr(engines, "MOST_GROWTH_BYTES", -1_000_000)
     made = []
     renew = engines._Gigatoken._renew
     monkeypatch.setattr(

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,8 +25,10 @@ Ids = NDArray[np.unsignedinteger[Any]]
 # gigatoken's name of the pretokenizer that computes what tiktoken's pattern says.
 PRETOKENIZERS = {pattern: name for name, pattern in PATTERNS.items()}
 
-# Its cache of pretokens only grows (7 times the text where no word occurs twice): begin a new one.
-RENEW_BYTES = 32_000_000
+# Its cache of pretokens only grows, to 7 times the text where no word occurs twice: begin a new one when
+# the process has grown by so much.
+MOST_GROWTH_BYTES = 150_000_000
+LOOK_CHARACTERS = 8_000_000  # between looks at the process's memory
 SAMPLED = 128  # one piece of so many is compared
 
 
@@ -63,34 +65,36 @@ class _Gigatoken:
     """gigatoken, held to tiktoken by a sample."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self._reference = tokenizer, reference(tokenizer)
+        self._reference = reference(tokenizer)
         self._pretokenizer = PRETOKENIZERS[tokenizer.pattern]
+        self._ranks = tempfile.NamedTemporaryFile("w", suffix=".tiktoken")  # noqa: SIM115
+        self._ranks.writelines(
+            f"{base64.b64encode(token).decode('ascii')} {rank}\n"
+            for rank, token in enumerate(tokenizer.ranks)
+            if token is not None
+        )
+        self._ranks.flush()
         self._n_pieces = 0
         self._renew()
+        self._most_bytes = memory_bytes() + MOST_GROWTH_BYTES
 
     def _renew(self) -> None:
         import gigatoken
 
-        self._left = RENEW_BYTES
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "ranks.tiktoken"
-            lines = (
-                f"{base64.b64encode(token).decode('ascii')} {rank}\n"
-                for rank, token in enumerate(self._tokenizer.ranks)
-                if token is not None
-            )
-            file.write_text("".join(lines), encoding="ascii")
-            self._backend = gigatoken.Tokenizer.from_tiktoken(
-                str(file), pretokenizer=self._pretokenizer, special_tokens={}
-            )
+        self._left = LOOK_CHARACTERS
+        self._backend = gigatoken.Tokenizer.from_tiktoken(
+            self._ranks.name, pretokenizer=self._pretokenizer, special_tokens={}
+        )
 
     def __call__(self, text: str) -> Ids:
-        if self._left < 0:
-            self._renew()
         self._left -= len(text)
+        if self._left < 0:
+            self._left = LOOK_CHARACTERS
+            if memory_bytes() > self._most_bytes:
+                self._renew()
         ids: Ids = np.asarray(self._backend.encode(text), dtype=np.uint32)
-        # The first, and then by a number that only the ids and their order decide.
-        if self._n_pieces == 0 or (int(ids[:8].sum()) + len(ids)) % SAMPLED == 0:
+        # The first, and then by what the text alone decides: its length, mixed.
+        if self._n_pieces == 0 or (len(text) * 2_654_435_761 >> 8) % SAMPLED == 0:
             expected = self._reference(text)
             if not np.array_equal(ids, expected):
                 raise UserError(
@@ -100,6 +104,15 @@ class _Gigatoken:
                 )
         self._n_pieces += 1
         return ids
+
+
+def memory_bytes() -> int:
+    """What this process holds in memory; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def _difference(text: str, ids: Ids, expected: Ids) -> str:

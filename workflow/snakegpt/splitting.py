@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -22,6 +23,8 @@ class Splitter:
     def __init__(self, validation: Validation) -> None:
         self._validation = validation
         self._share = Fraction(str(validation.fraction))  # the decimal that the settings say
+        # Digests below it are val: the least integer that is not below share x 2^64.
+        self._limit = math.ceil(self._share * 2**64).to_bytes(9, "big")
 
     def divide(self, document: Document, file: str) -> Iterator[tuple[str, int, int]]:
         """(split, first character, end) of each piece; no piece is empty.
@@ -41,5 +44,5 @@ class Splitter:
             is_val = any(fnmatch.fnmatchcase(file, pattern) for pattern in self._validation.files)
             yield ("val" if is_val else "train"), 0, n
         else:
-            is_val = int.from_bytes(document.digest[:8], "big") < self._share * 2**64
+            is_val = b"\0" + document.digest[:8] < self._limit
             yield ("val" if is_val else "train"), 0, n

@@ -8,6 +8,7 @@ that spells it (`encode_ordinary`); documents are joined by the id itself.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -43,7 +44,7 @@ class Tokenizer(Protocol):
     def content(self) -> dict[str, Any]:
         """All that decides its ids, as plain JSON values."""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) over all that decides its ids."""
         text = json.dumps(self.content(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)

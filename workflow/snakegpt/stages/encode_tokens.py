@@ -36,6 +36,7 @@ from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import Tokenizer, load
 
 WRITE_TOKENS = 1 << 20  # that wait in memory
+REPORT_S = 0.2  # between looks at the clock of the progress line
 
 REVISION = 3  # 3: statistics, byte ranges, filters
 SCIENCE = ("snakegpt.documents", "snakegpt.tokenizers", "snakegpt.shards", "snakegpt.splitting")
@@ -62,6 +63,7 @@ def encode_tokens(
     counts = Counts()
     encode = encoder(tokenizer, engine)
     started, done = time.monotonic(), 0
+    reported = started
     kind = tokenizer.fingerprint, tokenizer.n_vocab
     with (
         ShardWriter(out / f"train_{part}.bin", *kind) as train,
@@ -73,7 +75,12 @@ def encode_tokens(
         }
 
         def report(done: int) -> None:
-            seconds = time.monotonic() - started + 1e-9
+            nonlocal reported
+            now = time.monotonic()
+            if now - reported < REPORT_S and done < progress.total:
+                return
+            reported = now
+            seconds = now - started + 1e-9
             n_tokens = train.n_tokens + val.n_tokens
             progress.update(
                 done, quantity(done / seconds, "B/s"), quantity(n_tokens / seconds, " tokens/s")
@@ -123,13 +130,15 @@ class _Split:
 
     def add(self, document: Document, start: int, stop: int, encode: Callable[[str], Any]) -> None:
         """The characters from `start` to `stop` of a document, as one document of this split."""
-        n_tokens = 1
+        n_tokens, whole = 1, stop - start == document.n_characters
+        self._n_text_bytes += document.n_bytes if whole else 0
         self._write(self._end_of_text)
         for piece in document.pieces(start, stop):
             ids = encode(piece)
             self._write(ids)
             n_tokens += len(ids)
-            self._n_text_bytes += len(piece.encode("utf-8"))
+            if not whole:
+                self._n_text_bytes += len(piece.encode("utf-8"))
         self._n_characters += stop - start
         self._n_documents += 1
         self._lengths[n_tokens.bit_length()] += 1
