@@ -144,6 +144,8 @@ def test_a_missing_column_names_those_there_are(tmp_path):
             "middle of a zstandard frame",
         ),
         ("a.txt.zst", b"no zstandard", "is damaged"),
+        ("a.txt.gz", gzip.compress(b"text") + b"trailing garbage", "is damaged"),
+        ("a.txt.zst", zstandard.compress(b"text") + b"trailing garbage", "is damaged"),
         ("a.parquet", b"PAR1 no parquet PAR1", "is damaged or no parquet"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
         ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", "line 1 is no JSON"),

@@ -8,14 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from snakegpt.pipeline import Pipeline, Request
-from snakegpt.settings import CharTokenizer, place
+from snakegpt.settings import place
 
 BLOCKS = ("model", "training", "evaluation", "sampling")
 _EXPERIMENT = {block: f"experiments.{{experiment}}.{block}" for block in BLOCKS}
 
+_TOKENIZER = ("kind", "encoding", "vocabulary", "pattern", "sample_bytes")
+
 # Stage -> where the names in its record start -> where those in config.yaml do.
 ORIGINS: dict[str, dict[str, str]] = {
-    "build_tokenizer": {"kind": "tokenizers.{tokenizer}.kind", "text": "corpora.{corpus}"},
+    "build_tokenizer": {
+        **{name: f"tokenizers.{{tokenizer}}.{name}" for name in _TOKENIZER},
+        "text": "corpora.{corpus}",
+    },
+    "screen_documents": {
+        "text": "corpora.{corpus}",
+        "deduplicate": "corpora.{corpus}.deduplicate",
+        "words": "corpora.{corpus}.decontaminate.words",
+        "drop": "corpora.{corpus}.decontaminate.drop",
+    },
     "encode_tokens": {"text": "corpora.{corpus}", "validation": "corpora.{corpus}.validation"},
     "bench_network": _EXPERIMENT,
     "plan_training": _EXPERIMENT,
@@ -81,7 +92,7 @@ def _words(pipeline: Pipeline, request: Request) -> dict[str, str]:
         words |= {"corpus": chosen.corpus, "tokenizer": chosen.tokenizer}
     elif "corpus" not in words and "tokenizer" in words:
         tokenizer = pipeline.settings.tokenizer(words["tokenizer"])
-        words["corpus"] = tokenizer.corpus if isinstance(tokenizer, CharTokenizer) else ""
+        words["corpus"] = getattr(tokenizer, "corpus", "")
     return words
 
 
