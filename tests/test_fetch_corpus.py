@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 
 import pytest
-from data_fixtures import Hub, pin, serving, stage
+from data_fixtures import pin, serving, stage
+from hub_stand_in import COMMIT, Hub, hub_env
 from snakegpt import locks
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HUB_FILES = {"data/a.txt": b"text a", "data/b.parquet": b"not really parquet"}
 HUB_SOURCE = {"kind": "huggingface", "repo": "some/texts", "files": ["data/*"]}
-
-
-def hub_env(tmp_path, url, **more):
-    names = {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
-    return {**os.environ, **names, "HF_TOKEN": "hf_verysecret", **more}
 
 
 def fetch(tmp_path, files, execution, env=None):

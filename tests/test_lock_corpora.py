@@ -11,11 +11,10 @@ import threading
 
 import pytest
 import yaml
-from data_fixtures import ROOT, Hub, pin, serving
+from data_fixtures import ROOT, pin, serving
+from hub_stand_in import COMMIT, Hub, hub_env
 from snakegpt import locks
 from snakegpt.errors import UserError
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def corpus(path):
@@ -118,15 +117,6 @@ def hub_project(tmp_path, files="data/*", revision=None):
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
-
-
-def hub_env(tmp_path, url):
-    return {
-        "HF_ENDPOINT": url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_TOKEN": "hf_verysecret",
-    }
 
 
 def test_a_hub_repository_is_locked_at_its_commit_with_the_hub_s_digests(tmp_path):

@@ -13,11 +13,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from data_fixtures import FileServer, serving
+from data_fixtures import Faults, FileServer, serving
 from snakegpt import locks
 from snakegpt.errors import UserError
 from snakegpt.settings import HttpSource, LocalSource, RegistrySource
-from snakegpt.sources import http, kinds, transfers
+from snakegpt.sources import downloads, kinds, transfers
 from snakegpt.sources.archives import read_members
 
 BIG = bytes(range(256)) * 12_000  # three pieces
@@ -25,7 +25,7 @@ BIG = bytes(range(256)) * 12_000  # three pieces
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(http, "BACK_OFF_S", 0.001)
+    monkeypatch.setattr(downloads, "BACK_OFF_S", 0.001)
 
 
 def lock(source):
@@ -33,7 +33,8 @@ def lock(source):
 
 
 def fetch(source, entry, folder):
-    kinds.fetch("mine", source, entry, folder, workers=2, label="test")
+    state = folder.with_name(f"{folder.name}-state")
+    kinds.fetch("mine", source, entry, folder, state, workers=2, label="test")
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
     }
@@ -118,7 +119,7 @@ def test_files_at_urls_are_locked_and_fetched(tmp_path):
 
 @pytest.mark.parametrize("has_ranges", [True, False])
 def test_a_dropped_connection_is_taken_up_again(tmp_path, has_ranges):
-    server = FileServer({"a.txt": BIG}, has_ranges, drops=[1_500_000, 10])
+    server = FileServer({"a.txt": BIG}, has_ranges, faults=Faults(drops=[1_500_000, 10]))
     with serving(server):
         source = web(server, "a.txt")
         entry = locks.Entry(source.model_dump(), (locks.File(*expected({"a.txt": BIG})[0]),))
@@ -128,15 +129,15 @@ def test_a_dropped_connection_is_taken_up_again(tmp_path, has_ranges):
 
 
 def test_a_download_that_moves_on_may_break_more_often_than_one_that_does_not(tmp_path):
-    server = FileServer({"a.txt": BIG}, drops=[100_000] * (2 * http.ATTEMPTS))
+    server = FileServer({"a.txt": BIG}, faults=Faults(drops=[100_000] * (2 * downloads.ATTEMPTS)))
     with serving(server):
         entry = lock(web(server, "a.txt"))
     assert pins(entry) == expected({"a.txt": BIG})
-    assert len(server.asked) == 2 * http.ATTEMPTS + 1
+    assert len(server.asked) == 2 * downloads.ATTEMPTS + 1
 
 
 def test_an_overloaded_server_is_asked_again_and_a_refusal_is_not():
-    server = FileServer({"a.txt": b"one"}, statuses=[503, 429])
+    server = FileServer({"a.txt": b"one"}, faults=Faults(statuses=[503, 429]))
     with serving(server):
         assert pins(lock(web(server, "a.txt"))) == expected({"a.txt": b"one"})
         assert len(server.asked) == 3
@@ -146,10 +147,10 @@ def test_an_overloaded_server_is_asked_again_and_a_refusal_is_not():
 
 
 def test_a_server_that_never_ends_a_file_is_given_up():
-    server = FileServer({"a.txt": BIG}, has_ranges=False, drops=[10] * 99)
+    server = FileServer({"a.txt": BIG}, has_ranges=False, faults=Faults(drops=[10] * 99))
     with serving(server), pytest.raises(UserError, match="drops the connection"):
         lock(web(server, "a.txt"))
-    assert len(server.asked) == http.ATTEMPTS
+    assert len(server.asked) == downloads.ATTEMPTS
 
 
 def test_a_wrong_byte_at_a_url_never_gets_its_name(tmp_path):
