@@ -103,7 +103,7 @@ class Faults:
 
     statuses  instead of the file; (503, {"Retry-After": "2"}) has headers
     drops     the connection ends after so many bytes
-    holds     the server stops after so many bytes until `release` is set; `held` says that it did
+    holds     a file that is longer stops after so many bytes until `release` is set; `held`: it did
     """
 
     statuses: list[int | tuple[int, Mapping[str, str]]] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Faults:
         handler.end_headers()
         if handler.command != "GET":
             return
-        if self.holds:
+        if self.holds and self.holds[0] < len(content) - start:
             middle = start + self.holds.pop(0)
             handler.wfile.write(content[start:middle])
             self.held.set()

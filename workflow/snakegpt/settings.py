@@ -518,7 +518,8 @@ def _explain(
     if problem["type"] == "literal_error" and isinstance(found, str):
         choices = _quoted(problem["ctx"]["expected"])
         return f"{name} = {found!r} is not valid{place}.{nearest(found, choices)}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{name} = {found!r}{place}: {message}."
 
 
