@@ -35,7 +35,7 @@ rule fetch_corpus:
         code=code_of_stage("fetch_corpus"),
         arguments=arguments_of("fetch_corpus"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --state --log {log:q}"
 
 
 rule build_tokenizer:

@@ -181,6 +181,8 @@ class Pipeline:
                 "revision": locked.revision if locked else None,
                 "lock_file": "corpora.lock.json",
                 "download_workers": self.settings.execution.download_workers,
+                "download_rate": self.settings.execution.download_rate,
+                "log_interval_s": self.settings.execution.log_interval_s,
             },
         )
 

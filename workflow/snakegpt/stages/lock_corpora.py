@@ -53,6 +53,8 @@ def lock_corpora(settings: Settings, lock_file: Path, names: list[str], *, updat
             source,
             workers=settings.execution.download_workers,
             label=f"lock_corpora {name}",
+            interval_s=settings.execution.log_interval_s,
+            rate=settings.execution.download_rate,
             before=None if update else old,
         )
         drift = locks.drift(old, new) if old and same_source else []
