@@ -404,7 +404,7 @@ def test_a_hit_does_not_load_what_remotes_need(filled):
     words = ["build_tokenizer", "x", "--output", "results/x", "--settings", '{"kind": "gpt2"}']
     code = (
         "import sys\nfrom snakegpt import run\nfrom snakegpt.store import Store\n"
-        "Store.look_up = lambda *_: {'key': 'a' * 64, 'outputs': {}}\n"
+        "Store.use = lambda *_: {'key': 'a' * 64, 'outputs': {}}\n"
         f"run.main({words!r} + ['--remote', {url!r}])\n"
         "assert not {'fsspec', 'snakegpt.store.remote'} & set(sys.modules)\n"
     )
