@@ -1,12 +1,15 @@
 # What the rules share: the checked settings and functions that ask the pipeline. No rules here.
 import atexit
+import inspect
 import json
 import os
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import Quietness
 
+from snakegpt.durable import write_atomically
 from snakegpt.errors import UserError, nearest
 from snakegpt.identity import code_of, digest
 from snakegpt.locks import read as read_locks
@@ -89,6 +92,12 @@ def request_of(stage, wildcards):
     return user_error_as_workflow_error(PIPELINE.request, stage, dict(wildcards.items()))
 
 
+def signed(function):
+    """Snakemake looks at the parameters of an input function a dozen times a job; once is enough."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 def inputs_of(stage):
     """Named input files of a stage, also those that are no part of its key.
 
@@ -100,12 +109,12 @@ def inputs_of(stage):
         request = request_of(stage, wildcards)
         return {**request.inputs, **request.unhashed}
 
-    return inputs
+    return signed(inputs)
 
 
 def settings_of(stage):
     """Science settings of a stage as JSON: a change is a rerun."""
-    return lambda wildcards: json.dumps(request_of(stage, wildcards).settings)
+    return signed(lambda wildcards: json.dumps(request_of(stage, wildcards).settings))
 
 
 def code_of_stage(stage):
@@ -134,9 +143,25 @@ def arguments_of(stage):
             words += ["--input", role, *paths]
         for role, paths in request.unhashed.items():
             words += ["--unhashed", role, *paths]
-        return words
+        return on_a_command_line(words)
 
-    return arguments
+    return signed(arguments)
+
+
+def on_a_command_line(words):
+    """Arguments as they are, or the name of a file that holds them.
+
+    A job's whole command is one word to the shell, and Linux takes 128 KiB of that: a corpus of a
+    thousand files or an index of a thousand parts has more.
+    """
+    if sum(map(len, words)) < 60_000:  # half, for quotes and the rest of the command
+        return words
+    text = json.dumps(words)
+    file = Path(".snakemake", "snakegpt", f"{digest(words)}.json")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return [f"@{file}"]
 
 
 # Ranks beyond eight on one CPU only divide small batches further (see distributed.choose_ranks).
