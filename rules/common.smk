@@ -9,13 +9,13 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import Quietness
 
-from snakegpt.durable import write_atomically
+from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError, nearest
 from snakegpt.identity import code_of, digest
 from snakegpt.locks import read as read_locks
 from snakegpt.pipeline import TARGETS, Pipeline
 from snakegpt.settings import load as load_settings
-from snakegpt.store import Store
+from snakegpt.store.command import store_of
 from snakegpt.store.links import mend
 
 
@@ -38,7 +38,7 @@ os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH
 
 PIPELINE = user_error_as_workflow_error(make_pipeline)
 SETTINGS = PIPELINE.settings
-STORE = Store.locate(SETTINGS.store.path, check=SETTINGS.store.check)
+STORE = store_of(PIPELINE)
 
 # Snakemake stops at a link to nothing; a missing result it knows how to make.
 if workflow.is_main_process:
@@ -160,7 +160,7 @@ def on_a_command_line(words):
     file = Path(".snakemake", "snakegpt", f"{digest(words)}.json")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_text_atomically(file, text)
     return [f"@{file}"]
 
 

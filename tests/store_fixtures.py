@@ -22,6 +22,10 @@ CACHE = Path(__file__).parent / ".cache"
 PINS = Path(__file__).parent / "s3_server.txt"
 TINY = Path(__file__).parent / "tiny.yaml"
 
+# What the tiny experiment's tokens need.
+MANIFEST = "results/tokens/generated-generated_char/manifest.json"
+STAGES = {"fetch_corpus", "build_tokenizer", "encode_tokens", "index_tokens"}
+
 
 def made(store: Store, files: dict[str, bytes], **science: Any) -> dict[str, Any]:
     """A finished action that made these files; its key is its identity's, as the runner's is."""

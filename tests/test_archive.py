@@ -12,21 +12,9 @@ from pathlib import Path
 import pytest
 from snakegpt.errors import UserError
 from snakegpt.store.archive import export, take_in
-from store_fixtures import Checkout, contents, made, new_store
+from store_fixtures import MANIFEST, STAGES, Checkout, contents, made
 
 FILES = {"weights": bytes(range(256)) * 100, "empty": b"", "shards/deep/b.bin": b"5" * 900}
-MANIFEST = "results/tokens/generated-generated_char/manifest.json"
-STAGES = {"fetch_corpus", "build_tokenizer", "encode_tokens", "index_tokens"}
-
-
-@pytest.fixture
-def here(tmp_path):
-    return new_store(tmp_path / "here")
-
-
-@pytest.fixture
-def there(tmp_path):
-    return new_store(tmp_path / "there")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from snakegpt.settings import load
 from snakegpt.store import Store, remote
 from snakegpt.store.arrivals import Unfit
 from snakegpt.store.remote import Remote, RemoteError
-from store_fixtures import Checkout, contents, made, new_store, s3_server
+from store_fixtures import MANIFEST, STAGES, Checkout, contents, made, new_store, s3_server
 
 FILES = {
     "weights": bytes(range(256)) * 500,
@@ -26,24 +26,12 @@ FILES = {
     "shards/a.bin": b"1234",
     "shards/deep/b.bin": b"5" * 9000,
 }
-MANIFEST = "results/tokens/generated-generated_char/manifest.json"
-STAGES = {"fetch_corpus", "build_tokenizer", "encode_tokens", "index_tokens"}
 
 
 @pytest.fixture(scope="module")
 def s3():
     with s3_server() as server:
         yield server
-
-
-@pytest.fixture
-def here(tmp_path):
-    return new_store(tmp_path / "here")
-
-
-@pytest.fixture
-def there(tmp_path):
-    return new_store(tmp_path / "there")
 
 
 @pytest.fixture

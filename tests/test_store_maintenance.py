@@ -115,7 +115,7 @@ def records(store: Store) -> set[str]:
 
 
 def needed(store: Store, made: Made) -> set[str]:
-    named = {sha256 for sha256, _ in provenance.objects_named(store, made.record)}
+    named = {sha256.hex() for sha256, _ in reach.objects_named(store, made.record, set(), set())}
     return named | {entry.sha256 for entry in store.entries(made.record["outputs"])}
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from snakegpt.identity import file_digest
+
 NOTES = "SNAKEGPT_DIGESTS"  # environment variable: the file that notes are appended to
 
 WRITE_BEHIND_BYTES = 1 << 26  # sent to the disk in the background, so that the last fsync is short
@@ -118,5 +120,4 @@ def digest_of_new(path: Path, notes: Mapping[Path, Note]) -> str:
     noted = notes.get(path.absolute())
     if noted and noted.fits(path):
         return noted.sha256
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from snakegpt.errors import UserError, nearest
+from snakegpt.pipeline import usable_threads
 from snakegpt.settings import Execution
 
 Block = TypeVar("Block", bound=BaseModel)
@@ -145,8 +145,3 @@ def how_to_run(args: argparse.Namespace, stage: str, *extras: str) -> How:
     threads = min(int(given.pop("threads", usable_threads())), usable_threads())
     found = {name: given.pop(name, None) for name in extras}
     return How(block(Execution, given, "execution"), label, max(1, threads), found)
-
-
-def usable_threads() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

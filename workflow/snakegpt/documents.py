@@ -67,29 +67,28 @@ _CUT = re.compile(rf"(?<=[^\W_])[{_SPACE}]")
 
 
 class Document:
-    """A text: in memory, or on disk where it is large."""
+    """A text: in memory, or on disk where it is large.
 
-    __slots__ = ("_digest", "_file", "_text", "n_bytes", "n_characters")
+    digest   blake2b-128 of its UTF-8
+    n_bytes  of its UTF-8
+    """
+
+    __slots__ = ("_file", "_text", "digest", "n_bytes", "n_characters")
 
     def __init__(self, text: str) -> None:
         self._text: str | None = text
         self._file: IO[str] | None = None
         content = text.encode("utf-8")
-        self._digest = hashlib.blake2b(content, digest_size=16).digest()
+        self.digest = hashlib.blake2b(content, digest_size=16).digest()
         self.n_characters, self.n_bytes = len(text), len(content)
 
     @classmethod
     def spooled(cls, file: IO[str], n_characters: int, n_bytes: int, digest: bytes) -> Document:
         """A text in a temporary UTF-8 file, which is closed when the next document is asked for."""
         self = cls.__new__(cls)
-        self._text, self._file, self._digest = None, file, digest
+        self._text, self._file, self.digest = None, file, digest
         self.n_characters, self.n_bytes = n_characters, n_bytes
         return self
-
-    @property
-    def digest(self) -> bytes:
-        """blake2b-128 of the text's UTF-8."""
-        return self._digest
 
     def chunks(self) -> Iterator[str]:
         """The text in pieces cut anywhere."""

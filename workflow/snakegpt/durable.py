@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,19 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync(path.parent)  # the name as well
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for a text."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, or a link; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

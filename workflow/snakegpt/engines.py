@@ -44,13 +44,7 @@ def encoder(tokenizer: Tokenizer, engine: Engine = "auto") -> Callable[[str], Id
             return _Gigatoken(tokenizer)
         if engine == "gigatoken":
             raise UserError(f"execution.engine: gigatoken {problem}.\n  set it to auto or tiktoken")
-    return reference(tokenizer)
-
-
-def reference(tokenizer: Tokenizer) -> Callable[[str], Ids]:
-    """The tokenizer's own encoder."""
-    to_numpy: Callable[[str], Ids] | None = getattr(tokenizer, "encode_to_numpy", None)
-    return to_numpy or (lambda text: np.asarray(tokenizer.encode(text), dtype=np.uint32))
+    return tokenizer.encode_to_numpy
 
 
 def _problem(tokenizer: Tokenizer) -> str | None:
@@ -65,7 +59,7 @@ class _Gigatoken:
     """gigatoken, held to tiktoken by a sample."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._reference = reference(tokenizer)
+        self._reference = tokenizer.encode_to_numpy
         self._pretokenizer = PRETOKENIZERS[tokenizer.pattern]
         self._ranks = tempfile.NamedTemporaryFile("w", suffix=".tiktoken")  # noqa: SIM115
         self._ranks.writelines(

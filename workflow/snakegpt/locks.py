@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from snakegpt.durable import write_atomically
+from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError
 
 FORMAT = 1
@@ -177,7 +177,7 @@ def put(path: str | Path, entries: Mapping[str, Entry]) -> None:
         text = json.dumps(
             {"format": FORMAT, "corpora": corpora}, indent=2, sort_keys=True, ensure_ascii=False
         )
-        write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
+        write_text_atomically(path, text + "\n")
 
 
 @contextlib.contextmanager

@@ -112,9 +112,8 @@ class Pipeline:
         raises   UserError for a name the settings do not know
         """
         known = (stage, *sorted(wildcards.items()))
-        if (
-            known not in self._requests
-        ):  # Snakemake asks several times for each of many thousand jobs
+        # Kept, since Snakemake asks several times for each of many thousand jobs.
+        if known not in self._requests:
             build = getattr(self, f"_{stage}", None)
             if build is None:
                 raise UserError(f"unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
@@ -125,8 +124,7 @@ class Pipeline:
         """The request that makes a file below results/, or None."""
         for stage, patterns in OUTPUTS.items():
             for pattern in patterns:
-                expression = re.sub(r"\\{(\w+)\\}", r"(?P<\1>[a-z0-9_]+)", re.escape(pattern))
-                match = re.fullmatch(expression, path)
+                match = _expression(pattern).fullmatch(path)
                 if match:
                     return self.request(stage, match.groupdict())
         return None
@@ -391,6 +389,12 @@ class Pipeline:
         )
 
 
+@functools.cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    """What paths of a pattern of OUTPUTS look like, with a group for each wildcard."""
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[a-z0-9_]+)", re.escape(pattern)))
+
+
 def _output(stage: str, index: int = 0, **wildcards: str) -> str:
     return OUTPUTS[stage][index].format(**wildcards)
 
@@ -415,6 +419,11 @@ def _text_settings(corpus: Corpus) -> dict[str, Any]:
     return {name: getattr(corpus, name) for name in names}
 
 
+def usable_threads() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @functools.cache
 def machine() -> dict[str, Any]:
     """What a measurement of this machine depends on: host, processor, cores, memory, GPUs."""
@@ -422,9 +431,7 @@ def machine() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": usable_threads(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "gpus": len(list(gpus.iterdir())) if gpus.is_dir() else 0,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 
@@ -25,6 +26,20 @@ def quantity(number: float, unit: str = "") -> str:
         if abs(number) >= factor:
             return f"{number / factor:.3g}{prefix}{unit}"
     return f"{number:.3g}{unit}"
+
+
+def columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Lines of a table whose columns are as wide as they must be, two blanks between them.
+
+    sides  < or > for each column: where its cells stand
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
 
 
 class Progress:

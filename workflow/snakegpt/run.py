@@ -27,7 +27,7 @@ from snakegpt.identity import Action, code_of
 from snakegpt.progress import duration, quantity, say
 from snakegpt.store import Store, provenance
 from snakegpt.store.leases import Lease
-from snakegpt.store.links import digest_of, link, maker
+from snakegpt.store.links import digest_of, link
 from snakegpt.store.objects import Check, LinkMode, Outputs
 
 LONG_ARGUMENT = 100_000  # characters
@@ -60,8 +60,7 @@ def run(
     started = time.monotonic()
     digests = {role: [_digest(store, path) for path in paths] for role, paths in inputs.items()}
     if chain:
-        hashed = [path for paths in inputs.values() for path in paths]
-        settings = provenance.told(store, stage, settings, hashed)
+        settings = provenance.told(store, stage, settings, inputs)
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
     record = store.use(action.key)
@@ -201,11 +200,6 @@ def _record(
     execution: dict[str, Any],
     outputs: Outputs,
 ) -> dict[str, Any]:
-    def entry(path: Path, sha256: str | None = None) -> dict[str, str]:
-        made = maker(path)
-        found = {"path": str(path), "sha256": sha256, "action": made["key"] if made else None}
-        return {key: value for key, value in found.items() if value}
-
     return {
         "key": action.key,
         "stage": action.stage,
@@ -213,10 +207,12 @@ def _record(
         "science": action.science,
         "code": action.code,
         "inputs": {
-            role: [entry(*pair) for pair in zip(paths, action.inputs[role], strict=True)]
+            role: [provenance.entry(*pair) for pair in zip(paths, action.inputs[role], strict=True)]
             for role, paths in inputs.items()
         },
-        "unhashed": {role: [entry(path) for path in paths] for role, paths in unhashed.items()},
+        "unhashed": {
+            role: [provenance.entry(path) for path in paths] for role, paths in unhashed.items()
+        },
         "outputs": outputs,
         "execution": execution,
     }

@@ -451,14 +451,14 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
                 f"tokenizers.{name}.corpus = '{corpus}' is not defined."
                 + nearest(corpus, settings.corpora)
             )
-    if re.search(r"://[^/]*:[^/]*@", settings.store.remote or ""):
+    if _holds_password(settings.store.remote or ""):
         problems.append(
             "store.remote holds a password; it would stand in files and logs."
             "\n  credentials come from the environment (AWS_ACCESS_KEY_ID, ...)"
         )
     for name, corpus in settings.corpora.items():
         urls = corpus.source.urls if isinstance(corpus.source, HttpSource) else []
-        if any(re.search(r"://[^/]*:[^/]*@", url) for url in urls):
+        if any(map(_holds_password, urls)):
             problems.append(
                 f"corpora.{name}.source.urls holds a password; it would stand in the lock and the store."
                 "\n  put it into ~/.netrc"
@@ -640,6 +640,10 @@ def place(path: Sequence[Any], files: Sequence[str | Path]) -> tuple[str, int] |
 @functools.lru_cache(maxsize=8)  # an explanation asks for many places in the same few files
 def _composed(text: str) -> yaml.Node | None:
     return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _holds_password(url: str) -> bool:
+    return re.search(r"://[^/]*:[^/]*@", url) is not None
 
 
 def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:

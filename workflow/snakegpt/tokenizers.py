@@ -35,6 +35,10 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never the end-of-text id. UserError for text that it cannot spell."""
 
+    def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
+        """As `encode`, as an array."""
+        return np.asarray(self.encode(text), dtype=np.uint32)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; bytes that are no UTF-8 become U+FFFD."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from snakegpt.durable import write_atomically
+from snakegpt.durable import write_atomically, write_text_atomically
 from snakegpt.errors import UserError
 from snakegpt.identity import file_digest
 from snakegpt.progress import quantity, say
@@ -56,7 +56,7 @@ class StateFolder:
             "sha256": file_digest(file),
         }
         text = json.dumps(note, indent=2, sort_keys=True) + "\n"
-        write_atomically(file.with_suffix(".json"), lambda path: path.write_text(text, "utf-8"))
+        write_text_atomically(file.with_suffix(".json"), text)
         self._prune()
 
     def load(self) -> dict[str, Any] | None:
@@ -108,7 +108,7 @@ class Metrics:
         """Open for appending; lines of steps after the resumed one never happened and are dropped."""
         kept = [] if resumed_step is None else list(_lines_up_to(path, resumed_step))
         text = "".join(f"{line}\n" for line in kept)
-        write_atomically(path, lambda aside: aside.write_text(text, "utf-8"))
+        write_text_atomically(path, text)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, event: str, **facts: Any) -> None:

@@ -13,6 +13,7 @@ import argparse
 
 from snakegpt.errors import reports_errors
 from snakegpt.store import adopt, archive, diff, gc, pins, sharing, show, verify, why
+from snakegpt.store.command import add_settings, description_of
 
 # Each adds its subparser, whose `run` is called with the arguments.
 COMMANDS = (why, show, diff, adopt, verify, gc, pins, sharing, archive)
@@ -20,16 +21,13 @@ COMMANDS = (why, show, diff, adopt, verify, gc, pins, sharing, archive)
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m snakegpt.store",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    described = description_of(__doc__ or "")
+    parser = argparse.ArgumentParser(prog="python -m snakegpt.store", **described)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)
+    for subparser in commands.choices.values():
+        add_settings(subparser)
     args = parser.parse_args(argv)
     args.run(args)
 

@@ -19,9 +19,9 @@ from snakegpt.errors import UserError
 from snakegpt.identity import code_of, file_digest
 from snakegpt.progress import say
 from snakegpt.store import differences, provenance
-from snakegpt.store.command import add_settings, pipeline_of, print_json, requested, store_of
+from snakegpt.store.command import new_command, pipeline_of, print_json, requested, store_of
 from snakegpt.store.explain import Explainer, Verdict
-from snakegpt.store.links import digest_of, link, maker
+from snakegpt.store.links import digest_of, link
 from snakegpt.store.objects import Store
 from snakegpt.store.why import adoption_line, history
 
@@ -30,8 +30,8 @@ Record = dict[str, Any]
 
 def add(commands: Any) -> None:
     """The command `adopt`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "adopt", help="declare a present result valid under the settings and code of now"
+    parser = new_command(
+        commands, "adopt", _run, "declare a present result valid under the settings and code of now"
     )
     parser.add_argument(
         "targets",
@@ -42,8 +42,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--reason", required=True, help="why its bytes would come out the same")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     parser.add_argument("--json", action="store_true", help="print the new records as JSON")
-    add_settings(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -125,20 +123,20 @@ def adopted(store: Store, verdict: Verdict, reason: str) -> Record:
     _require_whole(store, verdict, old)
     if old["key"] == verdict.key:  # nothing differs, yet a look-up fails: `why` says what is lost
         raise UserError(f"{verdict.label} cannot be adopted: {'; '.join(verdict.notes)}.\n  {take}")
-    hashed = [Path(path) for paths in request.inputs.values() for path in paths]
     return {
         **old,
         "key": verdict.key,
         "science": differences.plain(
-            provenance.told(store, request.stage, request.settings, hashed)
+            provenance.told(store, request.stage, request.settings, request.inputs)
         ),
         "code": code_of(request.stage),
         "inputs": {
-            role: [_entry(path, digest_of(store, Path(path))) for path in paths]
+            role: [provenance.entry(path, digest_of(store, Path(path))) for path in paths]
             for role, paths in request.inputs.items()
         },
         "unhashed": {
-            role: [_entry(path) for path in paths] for role, paths in request.unhashed.items()
+            role: [provenance.entry(path) for path in paths]
+            for role, paths in request.unhashed.items()
         },
         "adopted": {"from": old["key"], **provenance.who_and_when(), "reason": reason},
     }
@@ -162,12 +160,6 @@ def _inputs(verdict: Verdict) -> list[str]:
 
 def _foreseen(verdict: Verdict, path: str) -> str | None:
     return next((s.outputs[path] for s in verdict.upstream if path in s.outputs), None)
-
-
-def _entry(path: str, sha256: str | None = None) -> dict[str, str]:
-    made = maker(Path(path))
-    found = {"path": path, "sha256": sha256, "action": made["key"] if made else None}
-    return {name: value for name, value in found.items() if value}
 
 
 def _require_whole(store: Store, verdict: Verdict, record: Mapping[str, Any]) -> None:

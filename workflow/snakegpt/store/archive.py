@@ -32,13 +32,14 @@ from snakegpt.errors import UserError
 from snakegpt.progress import Progress, quantity, say
 from snakegpt.store.arrivals import SHA256, Unfit, check_listings, listings, record_from
 from snakegpt.store.command import (
-    add_settings,
     add_without,
     chain_behind,
+    new_command,
     pipeline_of,
     store_of,
 )
-from snakegpt.store.objects import Store
+from snakegpt.store.objects import Store, action_name, object_name
+from snakegpt.store.provenance import diff_of
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20
@@ -85,9 +86,7 @@ def export(
                 objects.update(store.objects_of(record["outputs"]))
             except FileNotFoundError as error:
                 raise _not_whole(record, str(error)) from None
-        diff = record["provenance"].get("diff")
-        if diff and store.holds(diff["sha256"], diff["bytes"]):
-            objects[diff["sha256"]] = diff["bytes"]
+        objects.update(pair for pair in diff_of(record) if store.holds(*pair))
     texts = {r["key"]: store.action_path(r["key"]).read_bytes() for r in records}
     actions = {key: hashlib.sha256(text).hexdigest() for key, text in texts.items()}
     contents = _Contents(actions, dict(sorted(objects.items())))
@@ -97,7 +96,7 @@ def export(
         with tarfile.open(aside, "w", format=tarfile.PAX_FORMAT) as tar:
             _add_text(tar, "manifest.json", contents.as_json())
             for key, text in texts.items():
-                _add_text(tar, _action_name(key), text)
+                _add_text(tar, action_name(key), text)
             done = 0
             for sha256, n_bytes in contents.objects.items():
                 _add_object(tar, store, records, sha256, n_bytes)
@@ -118,7 +117,7 @@ def _add_object(
     try:
         with store.object_path(sha256).open("rb") as stream:
             source = _Hashing(stream)
-            _add(tar, _object_name(sha256), source, n_bytes)
+            _add(tar, object_name(sha256), source, n_bytes)
             found = source.sha256
     except OSError as error:
         # Gone, or shorter than it was: of that tarfile makes an error without a number.
@@ -156,9 +155,7 @@ class _Hashing:
 
 
 def _names(store: Store, record: dict[str, Any], sha256: str) -> bool:
-    diff = record["provenance"].get("diff", {})
-    named = {found for found, _ in store.objects_of(record["outputs"])} | {diff.get("sha256")}
-    return sha256 in named
+    return sha256 in dict([*store.objects_of(record["outputs"]), *diff_of(record)])
 
 
 def _not_whole(record: dict[str, Any], reason: str) -> UserError:
@@ -225,14 +222,14 @@ def _take_objects(store: Store, file: Path, stream: IO[bytes], aside: Path) -> l
         for member in members:
             folder, name = member.name.split("/", 1)[0], member.name.rsplit("/", 1)[-1]
             key = name.removesuffix(".json")
-            if folder == "actions" and member.name == _action_name(key):
+            if folder == "actions" and member.name == action_name(key):
                 if key in records or key not in contents.actions:
                     raise Unfit(f"its manifest does not name {member.name}, or names it once")
                 text = _text(tar, member)
                 if hashlib.sha256(text).hexdigest() != contents.actions[key]:
                     raise Unfit(f"{member.name} is not the one of its manifest")
                 records[key] = record_from(text, key)
-            elif folder == "objects" and member.name == _object_name(name):
+            elif folder == "objects" and member.name == object_name(name):
                 if waiting.pop(name, None) != member.size:
                     raise Unfit(f"its manifest does not name {member.name}, or with other bytes")
                 _take_object(store, tar, member, aside / name)
@@ -292,31 +289,19 @@ def _take_object(store: Store, tar: tarfile.TarFile, member: tarfile.TarInfo, as
     store.take_in(aside, sha256, member.size)
 
 
-def _object_name(sha256: str) -> str:
-    return f"objects/{sha256[:2]}/{sha256}"
-
-
-def _action_name(key: str) -> str:
-    return f"actions/{key[:2]}/{key}.json"
-
-
 # ---- by hand -----------------------------------------------------------------------------------
 
 
 def add(commands: Any) -> None:
     """The commands `export` and `import`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "export", help="write results, and what they follow from, to one file"
+    parser = new_command(
+        commands, "export", _export, "write results, and what they follow from, to one file"
     )
     parser.add_argument("target", nargs="+", help="files below results/ or train_gpt2, ...")
     parser.add_argument("file", type=Path, help="the archive, .tar")
     add_without(parser)
-    add_settings(parser)
-    parser.set_defaults(run=_export)
-    parser = commands.add_parser("import", help="take in what another store has exported")
+    parser = new_command(commands, "import", _import, "take in what another store has exported")
     parser.add_argument("file", type=Path, help="the archive, .tar")
-    add_settings(parser)
-    parser.set_defaults(run=_import)
 
 
 def _export(args: argparse.Namespace) -> None:

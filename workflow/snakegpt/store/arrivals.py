@@ -13,8 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from snakegpt.identity import Action
-from snakegpt.store.objects import Store
+from snakegpt.store.objects import Store, key_of
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -34,11 +33,7 @@ def record_from(content: bytes, key: str) -> dict[str, Any]:
     """
     try:
         record = json.loads(content)
-        inputs = {
-            role: [e["sha256"] for e in entries] for role, entries in record["inputs"].items()
-        }
-        action = Action(record["stage"], record["science"], record["code"], inputs)
-        is_own = record["key"] == key == action.key
+        is_own = record["key"] == key == key_of(record)
         outputs, provenance = record["outputs"], record["provenance"]
         is_sound = bool(outputs) and all(
             _is_name(name) and _is_object(output) for name, output in outputs.items()

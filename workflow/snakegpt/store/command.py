@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,32 @@ from snakegpt.settings import load_files
 from snakegpt.store.links import maker
 from snakegpt.store.objects import Store
 from snakegpt.store.provenance import chain
+
+
+def new_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    doc: str | None = None,
+) -> argparse.ArgumentParser:
+    """The subparser of a command, which the flags that name the settings are added to at the end.
+
+    run      called with the arguments
+    summary  its line in the list of commands
+    doc      docstring of its module, if its help is to show that
+    """
+    described = description_of(doc) if doc else {}
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, **described)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def description_of(doc: str) -> dict[str, Any]:
+    """Arguments of a parser that shows a docstring: its first line, and the rest at the end."""
+    summary, _, rest = doc.partition("\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    return {"description": summary, "epilog": rest, "formatter_class": raw}
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 
 from snakegpt.errors import UserError, nearest
 from snakegpt.pipeline import Pipeline, Request
-from snakegpt.progress import duration, quantity
+from snakegpt.progress import columns, duration, quantity
 from snakegpt.store import differences
-from snakegpt.store.command import add_settings, pipeline_of, print_json, print_lines, store_of
+from snakegpt.store.command import new_command, pipeline_of, print_json, print_lines, store_of
 from snakegpt.store.differences import Difference
 from snakegpt.store.estimate import last_line, run_time_s, size_bytes
 from snakegpt.store.links import maker
@@ -51,16 +51,14 @@ class Side:
 
 def add(commands: Any) -> None:
     """The command `diff`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "diff", help="in what two experiments or two actions differ, with their metrics"
+    parser = new_command(
+        commands, "diff", _run, "in what two experiments or two actions differ, with their metrics"
     )
     for side in ("a", "b"):
         parser.add_argument(
             side, help="an experiment, a file below results/, an action's key or how one starts"
         )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_settings(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -234,11 +232,7 @@ def _table(a: Side, b: Side, left: Figures, right: Figures) -> list[str]:
         old, new = left.get(name), right.get(name)
         change = f"{new / old - 1:+.1%}" if old and new is not None else ""
         rows.append((name, _figure(name, old), _figure(name, new), change))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return [
-        f"{name:<{widths[0]}}  {old:>{widths[1]}}  {new:>{widths[2]}}  {change:>{widths[3]}}".rstrip()
-        for name, old, new, change in rows
-    ]
+    return columns(rows, "<>>>")
 
 
 def _figure(name: str, value: float | None) -> str:

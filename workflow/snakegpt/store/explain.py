@@ -171,8 +171,7 @@ class Explainer:
         return replace(verdict, notes=notes)
 
     def _science(self, request: Request) -> dict[str, Any]:
-        hashed = [Path(path) for paths in request.inputs.values() for path in paths]
-        return provenance.told(self.store, request.stage, request.settings, hashed)
+        return provenance.told(self.store, request.stage, request.settings, request.inputs)
 
     def _inputs(
         self, request: Request, record: Mapping[str, Any] | None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from snakegpt.pipeline import OUTPUTS
-from snakegpt.progress import duration, quantity
+from snakegpt.progress import columns, duration, quantity
 from snakegpt.store.estimate import Cost, cost
 from snakegpt.store.explain import Explainer, Status, Verdict, ordered
 
@@ -80,12 +80,7 @@ def table(found: Sequence[Row]) -> list[str]:
         time_s, n_bytes = row.total("time_s"), row.total("n_bytes")
         figures = ("-", "-") if looked_up else (_time(time_s), _bytes(n_bytes))
         cells.append((row.title, row.status, *figures, _short(row.reason)))
-    widths = [max(len(row[column]) for row in cells) for column in range(4)]
-    lines = [
-        f"{title:<{widths[0]}}  {what:<{widths[1]}}  {time:>{widths[2]}}  {n:>{widths[3]}}  {why}"
-        for title, what, time, n, why in cells
-    ]
-    return [*lines, "", *summary(found)]
+    return [*columns(cells, "<<>><"), "", *summary(found)]
 
 
 def summary(found: Sequence[Row]) -> list[str]:

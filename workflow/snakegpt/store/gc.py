@@ -18,33 +18,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from snakegpt.durable import sync
+from snakegpt.durable import remove, sync
 from snakegpt.errors import UserError
-from snakegpt.progress import duration
+from snakegpt.progress import columns, duration
 from snakegpt.store import leases
 from snakegpt.store.alive import Group, mark, running, times, touched, why_kept
-from snakegpt.store.command import add_settings, age_s, pipeline_of, print_json, store_of
+from snakegpt.store.command import age_s, new_command, pipeline_of, print_json, store_of
 from snakegpt.store.objects import Store
 from snakegpt.store.reach import Root, as_digest, filesystem_now, now_or_here, registered, shelves
 
 
 def add(commands: Any) -> None:
     """The command `gc`."""
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "gc",
-        help="what no result needs, and removing it",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_command(commands, "gc", _run, "what no result needs, and removing it", __doc__)
     flag = parser.add_argument
     flag("--delete", action="store_true", help="remove it; without this nothing is touched")
     flag("--older-than", type=age_s, metavar="AGE", help=_OLDER_THAN)
@@ -52,8 +44,6 @@ def add(commands: Any) -> None:
     flag("--forget", nargs="+", default=[], metavar="DIR", help=_FORGET)
     flag("--why", metavar="NAME", help="what keeps a result, a key or a sha256 alive")
     flag("--json", action="store_true", help="for programs")
-    add_settings(parser)
-    parser.set_defaults(run=_run)
 
 
 _OLDER_THAN = (
@@ -118,13 +108,8 @@ class Report:
             rows.append((f"... {len(largest) - most:,} more", "", "", ""))
         total = self.total()
         rows.append((total.name, "", str(total.stays), str(total.goes)))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
         hint = [] if self.deleted else ["nothing was touched; --delete removes what goes"]
-        return [*lines, *self.notes, *hint]
+        return [*columns(rows, "<<<<"), *self.notes, *hint]
 
 
 def collect(
@@ -142,11 +127,7 @@ def collect(
     forget        results/ folders that are gone for good
     raises        UserError if there is no store, or it is not known what some results need
     """
-    if not (store.root / "objects").is_dir():
-        raise UserError(
-            f"there is no store at {store.root}.\n"
-            "  set store.path in config.yaml or SNAKEGPT_STORE to where it is"
-        )
+    store.require()
     roots = registered(store)
     if delete:
         _forget_the_gone(roots, [os.path.realpath(folder) for folder in forget])
@@ -340,10 +321,7 @@ class _Collection:
         """Count a folder or file that is to go, and remove it."""
         if self.delete:
             try:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                remove(path)
             except OSError as error:
                 self.refused.append(error)
                 group.stays.add(tree.bytes, tree.files)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from snakegpt.artefacts import Note
+from snakegpt.durable import remove
 from snakegpt.errors import UserError
 from snakegpt.identity import file_digest
 from snakegpt.store.objects import Entry, LinkMode, Store, read_record
@@ -72,17 +73,16 @@ def link(store: Store, record: Mapping[str, Any], folder: Path, results: Path = 
     outputs = record["outputs"]
     before = next((r for name in outputs if (r := maker(folder / name, results))), None)
     for name in set(before["outputs"] if before else ()) - set(outputs):
-        _remove(folder / name)
+        remove(folder / name)
         pointer(folder / name, results).unlink(missing_ok=True)
     try:
-        for name, output in outputs.items():
-            if "folder" in output:
-                listing = {entry.path: entry for entry in store.listing(output["sha256"])}
-                for stray in _files(folder / name):
-                    if stray.relative_to(folder / name).as_posix() not in listing:
-                        stray.unlink()
-        for entry in store.entries(outputs):
-            _show(store, entry, folder / entry.path, results)
+        entries = {entry.path: entry for entry in store.entries(outputs)}
+        for name in (name for name, output in outputs.items() if "folder" in output):
+            for stray in _files(folder / name):
+                if stray.relative_to(folder).as_posix() not in entries:
+                    stray.unlink()
+        for path, entry in entries.items():
+            _show(store, entry, folder / path, results)
         for name in outputs:
             _point(pointer(folder / name, results), store.action_path(record["key"]), results)
     except (IsADirectoryError, NotADirectoryError) as error:
@@ -176,13 +176,6 @@ def _point(path: Path, target: Path, results: Path) -> None:
     aside = _aside(results)
     _symlink(target, path, aside, 0)
     os.replace(aside, path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from snakegpt.artefacts import Note, digest_of_new
-from snakegpt.durable import sync, write_atomically
+from snakegpt.durable import sync, write_text_atomically
 from snakegpt.errors import UserError
 from snakegpt.identity import canonical_json, file_digest
 from snakegpt.store import leases
@@ -69,10 +69,10 @@ class Store:
         return cls(os.environ.get("SNAKEGPT_STORE") or default, check=check, link=link)
 
     def object_path(self, sha256: str) -> Path:
-        return self.root / "objects" / sha256[:2] / sha256
+        return self.root / object_name(sha256)
 
     def action_path(self, key: str) -> Path:
-        return self.root / "actions" / key[:2] / f"{key}.json"
+        return self.root / action_name(key)
 
     def state_path(self, key: str) -> Path:
         return self.root / "state" / key
@@ -231,7 +231,7 @@ class Store:
         path = self.action_path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-        write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_text_atomically(path, text)
 
     # ---- running ----
 
@@ -258,6 +258,17 @@ class Store:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def require(self) -> None:
+        """Stop where there is no store.
+
+        raises   UserError
+        """
+        if not (self.root / "objects").is_dir():
+            raise UserError(
+                f"there is no store at {self.root}.\n"
+                "  set store.path in config.yaml or SNAKEGPT_STORE to where it is"
+            )
+
     def make(self) -> None:
         """Create the store's folders if need be.
 
@@ -273,6 +284,16 @@ class Store:
             ) from None
 
 
+def object_name(sha256: str) -> str:
+    """Where an object stands in a store, a remote one or an archive."""
+    return f"objects/{sha256[:2]}/{sha256}"
+
+
+def action_name(key: str) -> str:
+    """Where an action's record stands there."""
+    return f"actions/{key[:2]}/{key}.json"
+
+
 def read_record(path: str | Path) -> dict[str, Any] | None:
     """An action record, or None if it is missing or no valid record (half-written, edited)."""
     try:
@@ -281,3 +302,19 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     except (OSError, ValueError):  # also of bytes that are no text, and of text that is no JSON
         return None
     return record if isinstance(record, dict) and isinstance(record.get("outputs"), dict) else None
+
+
+def key_of(record: Mapping[str, Any]) -> str:
+    """The key that a record's content gives, see `identity.Action.key`.
+
+    raises   KeyError, TypeError or ValueError if it is no record
+    """
+    inputs = {
+        role: [entry["sha256"] for entry in entries] for role, entries in record["inputs"].items()
+    }
+    parts = {name: record[name] for name in ("stage", "science", "code")}
+    # `identity.canonical_json` without its walk in search of what JSON cannot say: this was read from it.
+    text = json.dumps(
+        {**parts, "inputs": inputs}, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -12,29 +12,30 @@ import re
 from pathlib import Path
 from typing import Any
 
-from snakegpt.durable import write_atomically
+from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError, nearest
-from snakegpt.store.command import add_settings, pipeline_of, print_json, store_of
+from snakegpt.store.command import new_command, pipeline_of, print_json, store_of
 from snakegpt.store.objects import Store
 from snakegpt.store.reach import called
 
 
 def add(commands: Any) -> None:
     """The commands `pin` and `unpin`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "pin", help="keep results from `gc` under a name; without one, list the names"
+    parser = new_command(
+        commands,
+        "pin",
+        _run_pin,
+        "keep results from `gc` under a name; without one, list the names",
     )
     parser.add_argument("name", nargs="?", help="letters, digits, and . _ - between them")
     parser.add_argument(
         "targets", nargs="*", metavar="TARGET", help="files or folders below results/, or keys"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    add_settings(parser)
-    parser.set_defaults(run=_run_pin)
-    parser = commands.add_parser("unpin", help="give a name up; `gc` may take what it kept")
+    parser = new_command(
+        commands, "unpin", _run_unpin, "give a name up; `gc` may take what it kept"
+    )
     parser.add_argument("name")
-    add_settings(parser)
-    parser.set_defaults(run=_run_unpin)
 
 
 def _run_pin(args: argparse.Namespace) -> None:
@@ -81,7 +82,7 @@ def pin(store: Store, name: str, targets: list[str]) -> list[str]:
         )
     path.parent.mkdir(exist_ok=True)
     text = "".join(f"{key}\n" for key in sorted(keys))
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_text_atomically(path, text)
     return sorted(keys)
 
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import platform
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,17 @@ def _git(store: Store, key: str) -> dict[str, Any]:
     return found
 
 
-def objects_named(store: Store, record: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(sha256, bytes) of every object that a record needs to stay complete.
+def entry(path: str | Path, sha256: str | None = None) -> dict[str, str]:
+    """What a record says of an input: path, content where it is part of the key, and what made it."""
+    made = maker(Path(path))
+    found = {"path": str(path), "sha256": sha256, "action": made["key"] if made else None}
+    return {name: value for name, value in found.items() if value}
 
-    raises   FileNotFoundError if a folder's listing is gone or damaged
-    """
-    objects = list(store.objects_of(record["outputs"]))
-    diff = record.get("provenance", {}).get("diff")
-    if diff:
-        objects.append((diff["sha256"], diff["bytes"]))
-    return objects
+
+def diff_of(record: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """(sha256, bytes) of the object with what was not committed, if there was anything."""
+    diff = record["provenance"].get("diff")
+    return [(diff["sha256"], diff["bytes"])] if diff else []
 
 
 def chain(store: Store, paths: Iterable[Path], results: Path = RESULTS) -> list[dict[str, Any]]:
@@ -97,6 +98,14 @@ def chain_of(
     store: Store, records: Iterable[dict[str, Any] | None], results: Path = RESULTS
 ) -> list[dict[str, Any]]:
     """Some records and those of the actions that made their inputs, upward, each once; sources first."""
+    return climb(records, lambda entry: made(store, entry, results))
+
+
+def climb(
+    records: Iterable[dict[str, Any] | None],
+    made: Callable[[Mapping[str, Any]], dict[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """As `chain_of`, with `made` to find the record behind an input entry."""
     found: dict[str, dict[str, Any]] = {}
 
     def visit(record: dict[str, Any] | None) -> None:
@@ -104,7 +113,7 @@ def chain_of(
             return
         for entry in sources_of(record):
             if entry.get("action") not in found:  # a thousand parts share their corpus
-                visit(made(store, entry, results))
+                visit(made(entry))
         found[record["key"]] = record
 
     for record in records:
@@ -133,17 +142,20 @@ TOLD = frozenset({"build_report"})
 
 
 def told(
-    store: Store, stage: str, science: dict[str, Any], inputs: Iterable[Path]
+    store: Store, stage: str, science: dict[str, Any], inputs: Mapping[str, Iterable[str | Path]]
 ) -> dict[str, Any]:
     """Science settings of a stage, with the adoptions behind its inputs if it tells of them.
 
     An adoption changes no byte of what a report reads, and must be in the report all the same.
+
+    inputs  role -> files that are part of the key
     """
     if stage not in TOLD:
         return science
+    paths = [Path(path) for role in inputs.values() for path in role]
     adopted = [
         {"key": record["key"], **record["adopted"]}
-        for record in chain(store, inputs)
+        for record in chain(store, paths)
         if "adopted" in record
     ]
     return {**science, "adopted": adopted} if adopted else science

@@ -31,7 +31,8 @@ from snakegpt.durable import sync
 from snakegpt.identity import file_digest
 from snakegpt.progress import Progress, say
 from snakegpt.store.arrivals import Unfit, check_listings, listings, record_from
-from snakegpt.store.objects import Store
+from snakegpt.store.objects import Store, action_name, object_name
+from snakegpt.store.provenance import diff_of
 
 THREADS = 4  # objects that travel at once
 CHUNK_BYTES = 1 << 23  # asked for at once, and so what a broken connection costs
@@ -142,14 +143,14 @@ class Remote:
             check_listings(self.store, outputs)
             self._fetch(place, self.store.objects_of(outputs), parts, label)
             with contextlib.suppress(Unfit):  # nothing but explanation hangs on it
-                self._fetch(place, _diff(record), parts, label)
+                self._fetch(place, diff_of(record), parts, label)
             self.store.record(key, record)
             shutil.rmtree(parts, ignore_errors=True)
         return record
 
     def _record_at(self, place: _Place, key: str) -> dict[str, Any] | None:
         try:
-            return record_from(place.read(_action_name(key)), key)
+            return record_from(place.read(action_name(key)), key)
         except FileNotFoundError:
             return None
         except Unfit:
@@ -183,7 +184,7 @@ class Remote:
         resumed = part.exists() and 0 < part.stat().st_size <= n_bytes
         with HashedFile(part, resumed=resumed) as file:
             meter.add(file.n_bytes)
-            for chunk in place.chunks(_object_name(sha256), file.n_bytes, n_bytes):
+            for chunk in place.chunks(object_name(sha256), file.n_bytes, n_bytes):
                 file.write(chunk)
                 meter.add(len(chunk))
                 if self._stopped.is_set():
@@ -211,13 +212,13 @@ class Remote:
             there = None
         if there and there["outputs"] != record["outputs"] and not self._unfit:
             return False  # the first one stands: what follows from it may be there
-        diff = [pair for pair in _diff(record) if self.store.holds(*pair)]
+        diff = [pair for pair in diff_of(record) if self.store.holds(*pair)]
         objects = {*self.store.objects_of(record["outputs"]), *diff}
         meter = _Meter(f"{label}  is pushed", sum(n_bytes for _, n_bytes in objects))
 
         def send(pair: tuple[str, int]) -> None:
             sha256, n_bytes = pair
-            name = _object_name(sha256)
+            name = object_name(sha256)
             if not self._stopped.is_set() and (
                 sha256 in self._unfit or place.size(name) != n_bytes
             ):
@@ -229,7 +230,7 @@ class Remote:
 
         self._each(send, objects)
         if there is None or there["outputs"] != record["outputs"]:
-            place.put(self.store.action_path(key), _action_name(key))
+            place.put(self.store.action_path(key), action_name(key))
         return there is None
 
     def _each(self, work: Callable[[Item], None], items: Iterable[Item]) -> None:
@@ -392,19 +393,6 @@ class _Meter:
             self._done += n_bytes
             if n_bytes > 0 and self._progress.total > CHUNK_BYTES:
                 self._progress.update(self._done)
-
-
-def _object_name(sha256: str) -> str:
-    return f"objects/{sha256[:2]}/{sha256}"
-
-
-def _action_name(key: str) -> str:
-    return f"actions/{key[:2]}/{key}.json"
-
-
-def _diff(record: dict[str, Any]) -> list[tuple[str, int]]:
-    diff = record["provenance"].get("diff")
-    return [(diff["sha256"], diff["bytes"])] if diff else []
 
 
 def _is_recent(mark: Path) -> bool:

@@ -19,15 +19,15 @@ from snakegpt.pipeline import Pipeline, Request
 from snakegpt.progress import quantity, say
 from snakegpt.store.arrivals import Unfit
 from snakegpt.store.command import (
-    add_settings,
     add_without,
     chain_behind,
+    new_command,
     pipeline_of,
     requested,
     store_of,
 )
 from snakegpt.store.links import digest_of, link
-from snakegpt.store.provenance import sources_of
+from snakegpt.store.provenance import climb
 from snakegpt.store.remote import Remote, RemoteError
 
 
@@ -37,11 +37,9 @@ def add(commands: Any) -> None:
         ("push", _push, "give results, and what they follow from, to the remote store"),
         ("pull", _pull, "take results, and what they follow from, from the remote store"),
     ):
-        parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+        parser = new_command(commands, name, run, text)
         parser.add_argument("target", nargs="+", help="files below results/ or train_gpt2, ...")
         add_without(parser)
-        add_settings(parser)
-        parser.set_defaults(run=run)
 
 
 def _remote_of(pipeline: Pipeline) -> Remote:
@@ -90,7 +88,7 @@ def _pull(args: argparse.Namespace) -> None:
             for record in wanted.chain()
             if record["stage"] not in args.without and _bring(remote, record)
         }
-    for request, record in wanted.found:
+    for request, record in wanted.found.values():
         if record["key"] in whole:
             link(remote.store, record, Path(request.folder))
 
@@ -114,16 +112,16 @@ class _Wanted:
 
     def __init__(self, remote: Remote, pipeline: Pipeline) -> None:
         self.remote, self.pipeline = remote, pipeline
-        self.found: list[tuple[Request, dict[str, Any]]] = []
+        self.found: dict[tuple[str, str], tuple[Request, dict[str, Any]]] = {}
 
     def resolve(self, request: Request) -> dict[str, Any]:
         """The record of a request, local or remote.
 
         raises   UserError if there is none
         """
-        for known, record in self.found:
-            if known == request:
-                return record
+        identity = request.stage, request.name
+        if identity in self.found:
+            return self.found[identity][1]
         inputs = {
             role: [self._digest(path) for path in paths] for role, paths in request.inputs.items()
         }
@@ -135,22 +133,15 @@ class _Wanted:
                 f" {self.remote.url} under these settings.\n"
                 f"  make it here: snakemake {request.outputs[0]}"
             )
-        self.found.append((request, found))
+        self.found[identity] = request, found
         return found
 
     def chain(self) -> list[dict[str, Any]]:
         """The records found and those of everything they follow from, sources first."""
-        ordered: dict[str, dict[str, Any]] = {}
-
-        def visit(record: dict[str, Any] | None) -> None:
-            if record and record["key"] not in ordered:
-                for entry in sources_of(record):
-                    visit(self._record(entry["action"]) if "action" in entry else None)
-                ordered[record["key"]] = record
-
-        for _, record in self.found:
-            visit(record)
-        return list(ordered.values())
+        return climb(
+            (record for _, record in self.found.values()),
+            lambda entry: self._record(entry["action"]) if "action" in entry else None,
+        )
 
     def _record(self, key: str) -> dict[str, Any] | None:
         return self.remote.store.record_of(key) or self.remote.record_of(key)

@@ -22,7 +22,7 @@ from snakegpt.errors import UserError
 from snakegpt.identity import digest
 from snakegpt.progress import duration, quantity
 from snakegpt.store import provenance
-from snakegpt.store.command import add_settings, pipeline_of, print_json, print_lines, store_of
+from snakegpt.store.command import new_command, pipeline_of, print_json, print_lines, store_of
 from snakegpt.store.links import RESULTS, digest_of, maker, pointers
 from snakegpt.store.objects import Store, read_record
 from snakegpt.store.why import adoption_line, when
@@ -49,8 +49,8 @@ class Found:
 
 def add(commands: Any) -> None:
     """The command `show`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "show", help="what made a file, from what, where and with which code"
+    parser = new_command(
+        commands, "show", _run, "what made a file, from what, where and with which code"
     )
     parser.add_argument(
         "thing",
@@ -62,8 +62,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--diff", action="store_true", help="print what was not committed when it was made"
     )
-    add_settings(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:

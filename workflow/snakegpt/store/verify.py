@@ -13,22 +13,22 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from snakegpt.durable import write_atomically
+from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError
 from snakegpt.identity import file_digest
+from snakegpt.pipeline import usable_threads
 from snakegpt.progress import Progress, quantity
-from snakegpt.store.command import add_settings, age_s, pipeline_of, print_json, store_of
+from snakegpt.store.command import age_s, new_command, pipeline_of, print_json, store_of
 from snakegpt.store.links import pointer
-from snakegpt.store.objects import Store, read_record
+from snakegpt.store.objects import Store, key_of, read_record
 from snakegpt.store.pins import pins
 from snakegpt.store.reach import (
     MALFORMED,
@@ -44,22 +44,13 @@ from snakegpt.store.reach import (
 
 def add(commands: Any) -> None:
     """The command `verify`."""
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "verify",
-        help="rehash what the store holds",
-        description=summary,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_command(commands, "verify", _run, "rehash what the store holds", __doc__)
     flag = parser.add_argument
     flag("--metadata", action="store_true", help="check existence and size, read no object")
     flag("--older-than", type=age_s, metavar="AGE", help="only what was last read longer ago: 7d")
     flag("--all", action="store_true", help="also objects that no record names")
     flag("--threads", type=int, metavar="N", help="objects read at a time; default: one a core")
     flag("--json", action="store_true", help="for programs")
-    add_settings(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -168,14 +159,10 @@ def verify(
     threads       objects read at a time; default: one a core
     raises        UserError if there is no store
     """
-    if not (store.root / "objects").is_dir():
-        raise UserError(
-            f"there is no store at {store.root}.\n"
-            "  set store.path in config.yaml or SNAKEGPT_STORE to where it is"
-        )
+    store.require()
     if threads is not None and threads < 1:
         raise UserError(f"--threads {threads}: at least 1 is wanted.")
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or usable_threads()
     return _Verification(store, metadata, older_than_s, unnamed).run(threads)
 
 
@@ -535,23 +522,7 @@ class _Shelf:
         text = json.dumps(self.good)
         with contextlib.suppress(OSError):  # a store that can only be read
             self.path.parent.mkdir(exist_ok=True)
-            write_atomically(self.path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def key_of(record: Mapping[str, Any]) -> str:
-    """The key that a record's content gives, see `identity.Action.key`.
-
-    raises   KeyError, TypeError or ValueError if it is no record
-    """
-    inputs = {
-        role: [entry["sha256"] for entry in entries] for role, entries in record["inputs"].items()
-    }
-    parts = {name: record[name] for name in ("stage", "science", "code")}
-    # `identity.canonical_json` without its walk in search of what JSON cannot say: this was read from it.
-    text = json.dumps(
-        {**parts, "inputs": inputs}, sort_keys=True, separators=(",", ":"), allow_nan=False
-    )
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+            write_text_atomically(self.path, text)
 
 
 def _scale(total: int, metadata: bool) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from snakegpt.store import forecast
 from snakegpt.store.command import (
-    add_settings,
+    new_command,
     pipeline_of,
     print_json,
     print_lines,
@@ -26,8 +26,11 @@ MOST_LINES = 12  # of one action's differences without --all
 
 def add(commands: Any) -> None:
     """The command `why`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "why", help="what would run for a result, and what differs from the action that made it"
+    parser = new_command(
+        commands,
+        "why",
+        _run,
+        "what would run for a result, and what differs from the action that made it",
     )
     parser.add_argument("target", help="a file below results/, a target such as train_gpt2, or all")
     parser.add_argument(
@@ -36,8 +39,6 @@ def add(commands: Any) -> None:
         help="every difference of every stage, up-to-date ones included",
     )
     parser.add_argument("--json", action="store_true", help="print JSON; with --all of every stage")
-    add_settings(parser)
-    parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> None:
