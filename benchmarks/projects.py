@@ -30,9 +30,13 @@ TRIVIAL_FLAGS = [*FLAGS, "--rerun-triggers", "mtime", "params", "input"]
 
 
 class Call(NamedTuple):
-    """One finished Snakemake call."""
+    """One finished Snakemake call.
+
+    cpu_s  user and system time, which other work on the machine changes least
+    """
 
     elapsed_s: float
+    cpu_s: float
     peak_mb: float
     text: str
 
@@ -53,7 +57,8 @@ def snakemake(place: Path, words: list[str]) -> Call:
         text = output.read().decode("utf-8")
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, text[-5000:]
-    return Call(elapsed_s, usage.ru_maxrss * 1024 / 1e6, text)
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Call(elapsed_s, cpu_s, usage.ru_maxrss * 1024 / 1e6, text)
 
 
 # ---- an experiment ----

@@ -1,4 +1,5 @@
 # What the rules share: the checked settings and functions that ask the pipeline. No rules here.
+import inspect
 import json
 import os
 import sys
@@ -61,6 +62,12 @@ def request_of(stage, wildcards):
     return user_error_as_workflow_error(PIPELINE.request, stage, dict(wildcards.items()))
 
 
+def signed(function):
+    """Snakemake looks at the parameters of an input function a dozen times a job; once is enough."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 def inputs_of(stage):
     """Named input files of a stage, also those that are no part of its key.
 
@@ -72,12 +79,12 @@ def inputs_of(stage):
         request = request_of(stage, wildcards)
         return {**request.inputs, **request.unhashed}
 
-    return inputs
+    return signed(inputs)
 
 
 def settings_of(stage):
     """Science settings of a stage as JSON: a change is a rerun."""
-    return lambda wildcards: json.dumps(request_of(stage, wildcards).settings)
+    return signed(lambda wildcards: json.dumps(request_of(stage, wildcards).settings))
 
 
 def code_of_stage(stage):
@@ -105,7 +112,7 @@ def arguments_of(stage):
             words += ["--unhashed", role, *paths]
         return words
 
-    return arguments
+    return signed(arguments)
 
 
 # Ranks beyond eight on one CPU only divide small batches further (see distributed.choose_ranks).

@@ -29,7 +29,16 @@ LAYERS = [
         "demo",
     },
     {"command", "sources", "documents", "tokenizers", "shards"},
-    {"model", "huggingface_format", "optimizer", "distributed", "batches", "placement", "tokens"},
+    {
+        "model",
+        "huggingface_format",
+        "optimizer",
+        "distributed",
+        "batches",
+        "prefetch",
+        "placement",
+        "tokens",
+    },
     {
         "training_state",
         "trainer",
