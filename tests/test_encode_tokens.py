@@ -11,12 +11,20 @@ import pytest
 from data_fixtures import pin, stage, write_corpus
 from hypothesis import example, given
 from hypothesis import strategies as st
+from snakegpt.documents import Document
 from snakegpt.settings import Validation
-from snakegpt.stages.encode_tokens import split_document
+from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import char_tokenizer
+from snakegpt.tokens import open_split, read_manifest
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
 POSITION = {"by": "position", "fraction": 0.1}
+
+
+def split_document(text, validation):
+    """(split, text) of each piece."""
+    for split, start, stop in Splitter(validation).divide(Document(text), "a.txt"):
+        yield split, text[start:stop]
 
 
 def write_tokenizer(folder, characters=LETTERS):
@@ -91,7 +99,7 @@ def test_a_side_without_characters_is_skipped():
 def test_the_document_split_depends_on_text_and_fraction_alone(texts, fraction):
     for text in texts:
         ((split, piece),) = split_document(text, Validation(by="document", fraction=fraction))
-        number = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
+        number = int(hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:16], 16)
         assert piece == text
         assert split == ("val" if number / 2**64 < fraction else "train")
 
@@ -179,3 +187,17 @@ def test_a_raw_file_that_is_not_the_locked_one_is_refused(tmp_path):
     assert "a.txt is not the file that was locked" in done.stderr
     assert locked[0]["sha256"] in done.stderr
     assert hashlib.sha256(b"abd").hexdigest() in done.stderr
+
+
+def test_more_characters_than_uint16_counts_are_uint32_ids_that_batches_read(tmp_path):
+    letters = "".join(map(chr, range(0x10000, 0x20000)))  # 65,536, and the end-of-text id
+    files = {"a.txt": letters.encode()}
+    done, out = encode(tmp_path, files, {"part": "000000", "validation": POSITION}, letters)
+    assert done.returncode == 0, done.stderr
+    done = stage("index_tokens", {}, out, "--parts", out / "part_000000.json")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(out / "manifest.json")
+    assert manifest["dtype"] == "uint32"
+    val = open_split(out / "manifest.json", manifest, "val")
+    assert val.read(len(val) - 3, len(val)).tolist() == [65_534, 65_535, 65_536]
+    assert val.read(0, 1).tolist() == [0]

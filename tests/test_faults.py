@@ -438,3 +438,25 @@ def test_racing_invocations_run_an_action_once(project):
             pids.append(pid)
         assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
     assert len(runs.read_text().splitlines()) == 50
+
+
+def test_arguments_that_no_command_line_takes_come_from_a_file(project):
+    """As rules/common.smk hands them on, and the runner to its stage, for corpora of many files."""
+    texts = Path("results/corpora/x/files")
+    texts.mkdir(parents=True)
+    files = []
+    for number in range(1500):
+        content = f"text {number}".encode()
+        (texts / f"{number:04d}.txt").write_bytes(content)
+        digest = hashlib.sha256(content).hexdigest()
+        files.append({"path": f"{number:04d}.txt", "sha256": digest, "bytes": len(content)})
+    Path("results/corpora/x/corpus.json").write_text(json.dumps({"files": files}))
+    words = ["screen_documents", "x", "--output", "results/corpora/x"]
+    words += ["--settings", json.dumps({"files": files, "deduplicate": True})]
+    words += ["--unhashed", "corpus", "results/corpora/x/corpus.json"]
+    assert max(map(len, words)) > 1 << 17
+    Path("arguments.json").write_text(json.dumps(words))
+    command = [sys.executable, "-m", "snakegpt.run", "@arguments.json", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(Path("results/corpora/x/drops.json").read_text())["n_documents"] == 1500

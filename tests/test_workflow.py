@@ -269,6 +269,7 @@ def test_one_changed_text_is_noticed_and_named(project):
         text.write_text(before, encoding="utf-8")
         record.write_text(kept)
     assert "train_model" not in project.run().ran
+    assert not project.run("results/corpora/generated/corpus.json").ran
 
 
 def test_why_says_that_nothing_differs(project):

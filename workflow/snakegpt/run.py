@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,8 @@ from snakegpt.store import Store, provenance
 from snakegpt.store.leases import Lease
 from snakegpt.store.links import digest_of, link, maker
 from snakegpt.store.objects import Check, LinkMode, Outputs
+
+LONG_ARGUMENT = 100_000  # characters
 
 
 def run(
@@ -42,25 +45,38 @@ def run(
     unhashed: dict[str, list[Path]],
     state: bool,
     chain: bool,
+    remote_url: str | None = None,
+    push: bool = True,
 ) -> None:
     """Bring the results of one action to the folder `output`, by look-up or by running its stage.
 
-    inputs    role -> files whose content is part of the key
-    unhashed  role -> files the stage gets as well, whose content is not (a place, a measurement)
-    state     whether the stage resumes from state/<key>
-    chain     whether the stage gets the records of what made its inputs
-    raises    UserError, SystemExit with the stage's status if it fails
+    inputs      role -> files whose content is part of the key
+    unhashed    role -> files the stage gets as well, whose content is not (a place, a measurement)
+    state       whether the stage resumes from state/<key>
+    chain       whether the stage gets the records of what made its inputs
+    remote_url  store that is asked on a miss and, if `push`, given what ran; None: there is none
+    raises      UserError, SystemExit with the stage's status if it fails
     """
     started = time.monotonic()
     digests = {role: [_digest(store, path) for path in paths] for role, paths in inputs.items()}
+    if chain:
+        hashed = [path for paths in inputs.values() for path in paths]
+        settings = provenance.told(store, stage, settings, hashed)
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
-    record = store.look_up(action.key)
+    record = store.use(action.key)
+    remote, ran = None, False
     if record is None:
         store.make()
+        if remote_url:
+            from snakegpt.store.remote import Remote  # a hit has no time for it
+
+            remote = Remote(store, remote_url)
+            record = remote.try_pull(action.key, label)
+    if record is None:
         waits = f"{label}  waits for another run of it"
         with store.claim(action.key, lambda: say(waits)) as lease:
-            record = store.look_up(action.key)  # what we waited for
+            record = store.use(action.key)  # what we waited for
             if record is None:
                 say(f"{label}  runs  ({action.key[:12]})")
                 files = {**inputs, **unhashed}
@@ -72,10 +88,12 @@ def run(
                 store.record(action.key, record)
                 shutil.rmtree(store.state_path(action.key), ignore_errors=True)
                 say(f"{label}  done in {duration(wall_s)}, {_content(outputs)}")
-                link(store, record, output)
-                return
+                ran = True
     link(store, record, output)
-    say(f"{label}  found in the store  ({action.key[:12]})")
+    if not ran:
+        say(f"{label}  found in the store  ({action.key[:12]})")
+    elif remote and push:
+        remote.try_push(record, label)
 
 
 def _digest(store: Store, path: Path) -> str:
@@ -115,8 +133,8 @@ def _run_stage(
             file.write_text(json.dumps({"actions": actions}), encoding="utf-8")
             execution["provenance"] = str(file)
         command = [sys.executable, "-m", f"snakegpt.stages.{action.stage}"]
-        command += ["--settings", json.dumps(action.science)]
-        command += ["--execution", json.dumps(execution)]
+        command += ["--settings", _argument(action.science, workspace / "settings.json")]
+        command += ["--execution", _argument(execution, workspace / "execution.json")]
         for role, paths in inputs.items():
             command += [f"--{role}", *map(str, paths)]
         command += ["--out", str(out)]
@@ -135,6 +153,15 @@ def _run_stage(
     if not outputs:
         raise AssertionError(f"{label} left no file")
     return outputs
+
+
+def _argument(value: Mapping[str, Any], file: Path) -> str:
+    """JSON for a command line, by way of a file if it is long: Linux takes 128 KiB a word."""
+    text = json.dumps(value)
+    if len(text) < LONG_ARGUMENT:
+        return text
+    file.write_text(text, encoding="utf-8")
+    return f"@{file}"
 
 
 def _call(command: list[str], lease: Lease, environment: dict[str, str]) -> int:
@@ -222,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", default="store", help="folder of the store")
     add("--check", choices=get_args(Check), default="size", help="what a hit checks of each object")
     add("--link", choices=get_args(LinkMode), default="auto", help="how results/ shows objects")
+    add("--remote", metavar="URL", help="store that is asked on a miss and given what runs here")
+    add("--no-push", dest="push", action="store_false", help="give the remote store nothing")
     parser.add_argument("--state", action="store_true", help="the stage resumes from saved state")
     parser.add_argument(
         "--provenance",
@@ -239,7 +268,10 @@ def _roles(groups: list[list[str]]) -> dict[str, list[Path]]:
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("@"):  # a rule's arguments that no command line would take
+        words[:1] = json.loads(Path(words[0][1:]).read_text(encoding="utf-8"))
+    args = _parser().parse_args(words)
     if args.log:
         _tee(args.log)
     run(
@@ -253,6 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         unhashed=_roles(args.unhashed),
         state=args.state,
         chain=args.provenance,
+        remote_url=args.remote,
+        push=args.push,
     )
 
 

@@ -132,6 +132,51 @@ def living(folder: Path) -> dict[str, float]:
     return found
 
 
+def abandoned(folder: Path) -> set[str]:
+    """Keys whose lock or lease is left from a process of this machine that is dead. Changes nothing."""
+    names = {path.name for path in folder.glob("*") if not path.name.startswith(".")}
+    return {
+        key
+        for key in {name.removesuffix(".lease") for name in names}
+        if _is_abandoned(folder / key, _read(folder / f"{key}.lease"))
+    }
+
+
+def _is_abandoned(lock: Path, content: dict[str, Any] | None) -> bool:
+    if content and content.get("machine") != machine():
+        return False
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Without a lock to ask, the process table says it; a lock that is held says no.
+        silent = error.errno in (errno.ENOENT, *_NO_LOCKS)
+        return silent and content is not None and not _runs(content.get("pid"))
+    return True
+
+
+@contextlib.contextmanager
+def attempt(folder: Path, key: str) -> Iterator[bool]:
+    """Hold the right to run an action if it is free, a dead owner's included; yields whether it was."""
+
+    class Busy(Exception):
+        pass
+
+    def busy() -> None:
+        raise Busy
+
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(hold(folder, key, busy))
+            free = True
+        except (Busy, OSError):
+            free = False
+        yield free
+
+
 class _Observer:
     """Whether the owner of a lease gave a sign of life lately, by this process's own clock."""
 

@@ -6,6 +6,8 @@
     tmp/<key>-<pid>/             what a running action writes; same filesystem, so publishing is a rename
     locks/                       who runs what, see `leases`
     roots/                       links to the results/ folders that use this store
+    pins/                        names that keep actions for good, see `pins`
+    verified/                    when `verify` last read each object and found it good
     damaged/                     objects that `verify` found to be other bytes than their names say
 
 A crash at any point leaves a missing record (the action runs again) or a complete one.
@@ -98,6 +100,18 @@ class Store:
             return None
         return record if all(self.holds(*pair) for pair in wanted) else None
 
+    def use(self, key: str) -> dict[str, Any] | None:
+        """`look_up` for who is about to show the result: it is young again, so that `gc` spares it."""
+        record = self.look_up(key)
+        try:
+            if record:
+                os.utime(self.action_path(key))
+        except FileNotFoundError:
+            return None  # `gc` took it in this moment
+        except OSError:
+            pass  # a colleague's record, or a store that can only be read
+        return record
+
     def record_of(self, key: str) -> dict[str, Any] | None:
         """An action's record if there is a readable one, whatever became of its objects."""
         record = read_record(self.action_path(key))
@@ -178,10 +192,14 @@ class Store:
     def _move_in(self, path: Path, entry: Entry) -> None:
         target = self.object_path(entry.sha256)
         if self.holds(entry.sha256, entry.bytes):
-            with contextlib.suppress(PermissionError):  # a colleague's object
-                os.utime(target)  # young again: `gc` spares what a running action found to be there
-            path.unlink()
-            return
+            try:
+                with contextlib.suppress(PermissionError):  # a colleague's object
+                    os.utime(target)  # young again: `gc` spares what a running action found there
+            except FileNotFoundError:
+                pass  # `gc` took it in this moment
+            else:
+                path.unlink()
+                return
         sync(path)
         path.chmod(0o444)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +220,11 @@ class Store:
         aside.write_bytes(content)
         self._move_in(aside, entry)
         return entry.sha256
+
+    def take_in(self, path: Path, sha256: str, n_bytes: int) -> None:
+        """Move a file of this filesystem into the store that was hashed while it was written."""
+        self._move_in(path, Entry("", 0o444, sha256, n_bytes))
+        sync(self.object_path(sha256).parent)
 
     def record(self, key: str, record: Mapping[str, Any]) -> None:
         """Write an action's record; from here on its outputs are found by look-up."""
@@ -250,10 +273,11 @@ class Store:
             ) from None
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
+def read_record(path: str | Path) -> dict[str, Any] | None:
     """An action record, or None if it is missing or no valid record (half-written, edited)."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        with open(path, "rb") as file:
+            record = json.loads(file.read())
+    except (OSError, ValueError):  # also of bytes that are no text, and of text that is no JSON
         return None
     return record if isinstance(record, dict) and isinstance(record.get("outputs"), dict) else None

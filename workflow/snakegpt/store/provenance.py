@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from snakegpt.store.links import maker
+from snakegpt.store.links import RESULTS, maker
 from snakegpt.store.objects import Store
 
 # Libraries whose version can change a stage's bytes: recorded with every action, for people.
@@ -88,21 +88,65 @@ def objects_named(store: Store, record: Mapping[str, Any]) -> list[tuple[str, in
     return objects
 
 
-def chain(store: Store, paths: Iterable[Path]) -> list[dict[str, Any]]:
+def chain(store: Store, paths: Iterable[Path], results: Path = RESULTS) -> list[dict[str, Any]]:
     """The records of the actions that made some results, and their inputs, upward; sources first."""
+    return chain_of(store, (maker(path, results) for path in paths), results)
+
+
+def chain_of(
+    store: Store, records: Iterable[dict[str, Any] | None], results: Path = RESULTS
+) -> list[dict[str, Any]]:
+    """Some records and those of the actions that made their inputs, upward, each once; sources first."""
     found: dict[str, dict[str, Any]] = {}
 
     def visit(record: dict[str, Any] | None) -> None:
         if record is None or record["key"] in found:
             return
         for entry in sources_of(record):
-            key = entry.get("action")
-            visit((key and store.record_of(key)) or maker(Path(entry["path"])))
+            if entry.get("action") not in found:  # a thousand parts share their corpus
+                visit(made(store, entry, results))
         found[record["key"]] = record
 
-    for path in paths:
-        visit(maker(path))
+    for record in records:
+        visit(record)
     return list(found.values())
+
+
+def made(store: Store, entry: Mapping[str, Any], results: Path = RESULTS) -> dict[str, Any] | None:
+    """The record of the action that made an input, if it is still known."""
+    key = entry.get("action")
+    record = store.record_of(key) if key else None
+    if record:
+        return record
+    path = Path(entry["path"])
+    record = maker(results.parent / path, results)
+    # What made the file of that name since may be another action.
+    same = record and entry.get("sha256") in (
+        None,
+        *(o["sha256"] for o in record["outputs"].values()),
+    )
+    return record if same else None
+
+
+# Stages whose page tells of what lies behind their inputs (their rule says --provenance).
+TOLD = frozenset({"build_report"})
+
+
+def told(
+    store: Store, stage: str, science: dict[str, Any], inputs: Iterable[Path]
+) -> dict[str, Any]:
+    """Science settings of a stage, with the adoptions behind its inputs if it tells of them.
+
+    An adoption changes no byte of what a report reads, and must be in the report all the same.
+    """
+    if stage not in TOLD:
+        return science
+    adopted = [
+        {"key": record["key"], **record["adopted"]}
+        for record in chain(store, inputs)
+        if "adopted" in record
+    ]
+    return {**science, "adopted": adopted} if adopted else science
 
 
 def sources_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
