@@ -5,6 +5,9 @@ python benchmarks/dag.py --parts 1000
 
 dry run   `snakemake -n` where everything is still to be made
 no-op     `snakemake` where everything is made
+
+Times are CPU seconds, since Snakemake computes nearly all the while and other work on the machine
+changes them least. The bars were set on a machine where Snakemake alone took 9.7 s and 11 s.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from common import Row, finish, in_turn, medians, parser
 from projects import (
     FLAGS,
     TRIVIAL_FLAGS,
+    Call,
     fill_project,
     fill_trivial,
     make_project,
@@ -23,7 +27,6 @@ from projects import (
     snakemake,
 )
 
-DRY_RUN_S, DRY_RUN_MB, NO_OP_S = 15, 500, 20
 PARTS = 10_000  # what the bars are for
 
 
@@ -44,39 +47,39 @@ def dag(folder: Path, rounds: int, parts: int) -> list[Row]:
     words = {"snakegpt": ["train_x", *FLAGS], "trivial": TRIVIAL_FLAGS}
     make_project(places["snakegpt"], parts)
     make_trivial(places["trivial"], parts)
-    peaks: dict[str, float] = {}
 
-    def calling(side: str, *more: str) -> float:
-        call = snakemake(places[side], [*words[side], *more])
-        peaks[side] = max(peaks.get(side, 0), call.peak_mb)
-        return call.elapsed_s
+    def measure(what: str, limit_s: float, alone_s: float, *more: str) -> list[Row]:
+        calls: dict[str, list[Call]] = {side: [] for side in places}
 
-    def measure(*more: str) -> dict[str, float]:
-        peaks.clear()
-        sides = {side: lambda side=side: calling(side, *more) for side in places}
-        return medians(in_turn(rounds, **sides))
+        def calling(side: str) -> float:
+            calls[side].append(snakemake(places[side], [*words[side], *more]))
+            return calls[side][-1].cpu_s
 
-    dry = measure("-n")
-    size = f"{parts:,} parts"
-    rows = [
-        _row(f"dry run, {size}", "s", dry, DRY_RUN_S, parts),
-        _row(f"dry run, {size}, peak memory", "MB", dict(peaks), DRY_RUN_MB, parts),
-    ]
+        sides = {side: lambda side=side: calling(side) for side in places}
+        cpu_s = medians(in_turn(rounds, **sides))
+        peak_mb = {side: max(call.peak_mb for call in calls[side]) for side in places}
+        ratio, value, peak = (
+            cpu_s["snakegpt"] / cpu_s["trivial"],
+            cpu_s["snakegpt"],
+            peak_mb["snakegpt"],
+        )
+        most = limit_s / alone_s
+        bar_s = f"at most {limit_s:g} s"
+        bar_ratio = f"at most {most:.2f}: {limit_s:g} s where Snakemake alone takes {alone_s:g} s"
+        return [
+            Row(what, "CPU s", cpu_s, value, bar_s, value <= limit_s),
+            Row(f"{what}, against trivial", "CPU s", cpu_s, ratio, bar_ratio, ratio <= most),
+            Row(f"{what}, memory", "MB", peak_mb, peak, "at most 500 MB", peak <= 500),
+        ]
+
+    rows = measure(f"dry run, {parts:,} parts", 15, 9.7, "-n")
     fill_project(places["snakegpt"], parts)
     fill_trivial(places["trivial"], parts)
     for side, place in places.items():
         # Gives every result the metadata that Snakemake keeps of a job that ran.
         snakemake(place, [*words[side], "--touch"])
         assert "Nothing to be done" in snakemake(place, words[side]).text, place
-    return [*rows, _row(f"no-op run, {size}", "s", measure(), NO_OP_S, parts)]
-
-
-def _row(what: str, unit: str, figures: dict[str, float], limit: float, parts: int) -> Row:
-    """Our own figure beside its bar; smaller corpora have to meet the bar of 10,000 parts as well."""
-    value = figures["snakegpt"]
-    ratio = value / figures["trivial"]
-    bar = f"at most {limit} {unit} at {PARTS:,} parts; {ratio:.2f} x trivial"
-    return Row(what, unit, figures, value, bar, parts > PARTS or value <= limit)
+    return rows + measure(f"no-op run, {parts:,} parts", 20, 11)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ LAYERS = [
         "bpe_training",
         "engines",
         "shards",
+        "inspect",
     },
     {
         "model",
@@ -133,7 +134,7 @@ def test_every_stage_declares_its_science(stage):
     assert not NOT_SCIENCE & code["modules"].keys()
 
 
-@pytest.mark.parametrize("stage", sorted({*OUTPUTS, "lock_corpora"}))
+@pytest.mark.parametrize("stage", sorted({*OUTPUTS, "lock_corpora", "export_tokens"}))
 def test_every_stage_runs_alone(stage):
     done = subprocess.run(
         [sys.executable, "-m", f"snakegpt.stages.{stage}", "--help"], capture_output=True, text=True
