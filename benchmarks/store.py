@@ -129,8 +129,8 @@ def _call(command: list[str]) -> None:
 
 def look_up(folder: Path, rounds: int, actions: int, objects: int) -> list[Row]:
     """Look-ups of random actions in a full store against an otherwise empty one."""
-    full = make_store(folder / "full", actions, objects)
-    empty = make_store(folder / "empty", 1000, 10_000)
+    full = filled(folder / "full/store", actions, objects)
+    empty = filled(folder / "empty/store", 1000, 10_000)
     draw = random.Random(1)
     keys = {store.root: draw.sample(_keys(store), 1000) for store in (full, empty)}
 
@@ -147,13 +147,20 @@ def look_up(folder: Path, rounds: int, actions: int, objects: int) -> list[Row]:
     return [Row(what, "s", figures, ratio, "at most 2", ratio <= 2)]
 
 
+def filled(root: Path, actions: int, objects: int) -> Store:
+    """A store of that size, made if it is not there yet: minutes for a million objects."""
+    if not root.exists():
+        make_store(root, actions, objects)
+    return Store(root)
+
+
 def _keys(store: Store) -> list[str]:
     return [path.stem for path in (store.root / "actions").rglob("*.json")]
 
 
 def maintain(folder: Path, actions: int, objects: int) -> list[Row]:
     """`gc` dry run and `verify --metadata` on the full store."""
-    store = make_store(folder / "full", actions, objects)
+    store = filled(folder / "full/store", actions, objects)
     os.chdir(PROJECT)
     rows = []
     for command in (["gc"], ["verify", "--metadata"]):
@@ -206,6 +213,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("which", nargs="*", metavar="BENCHMARK", help=f"default: {' '.join(names)}")
     made.add_argument("--folder", type=Path, help="where to work; default: the temporary folder")
+    made.add_argument("--big", type=Path, help="folder that keeps the full store for a next time")
     made.add_argument("--gigabytes", type=float, default=4, help="GiB to publish")
     made.add_argument("--actions", type=int, default=100_000, help="actions of the full store")
     made.add_argument("--objects", type=int, default=1_000_000, help="objects of the full store")
@@ -218,8 +226,10 @@ def main() -> None:
     big = (args.actions, args.objects)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         for which in args.which or names:
-            folder = Path(name) / ("big" if which in ("look_up", "maintain") else which)
-            folder.mkdir(exist_ok=True)
+            folder = Path(name) / which
+            if which in ("look_up", "maintain"):
+                folder = args.big or Path(name) / "big"
+            folder.mkdir(parents=True, exist_ok=True)
             if which == "publish":
                 rows += publish(folder, args.rounds, args.gigabytes)
             elif which == "hit":
