@@ -117,7 +117,7 @@ def test_rows_are_the_tokens_from_each_start(data, length, n):
     cuts = sorted(data.draw(st.lists(st.integers(0, n), max_size=6)))
     starts = data.draw(st.lists(st.integers(0, n - length), max_size=40))
     found = stream(n, *cuts).rows(np.array(starts, dtype=np.int64), length)
-    assert found.dtype == np.int64
+    assert found.dtype == np.uint16
     assert found.tolist() == [list(range(start, start + length)) for start in starts]
 
 
@@ -130,6 +130,8 @@ def test_rows_outside_the_stream_are_never_read(start):
 def test_shards_of_wider_ids_are_read_as_they_are():
     wide = TokenStream([np.array([70_000, 1], dtype=np.uint32), np.array([2**31], dtype=np.uint32)])
     assert wide.rows(np.array([0, 1]), 2).tolist() == [[70_000, 1], [1, 2**31]]
+    both = TokenStream([np.array([3], dtype=np.uint16), *wide.shards])
+    assert both.rows(np.array([0, 1]), 2).tolist() == [[3, 70_000], [70_000, 1]]
 
 
 def test_orders_are_what_they_always_were():
