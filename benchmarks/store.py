@@ -6,7 +6,6 @@ python benchmarks/store.py publish hit        some of it: publish hit look_up ma
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import resource
@@ -19,13 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import Row, finish, in_turn, medians, parser
+from projects import (
+    FLAGS,
+    TRIVIAL_FLAGS,
+    fill_project,
+    fill_trivial,
+    make_project,
+    make_trivial,
+    snakemake,
+)
 from snakegpt.artefacts import NOTES, HashedFile, read_notes
 from snakegpt.identity import Action, code_of
-from snakegpt.locks import Entry, File
-from snakegpt.pipeline import Pipeline, Request
-from snakegpt.settings import load_files
 from snakegpt.store import Store
-from snakegpt.store.links import digest_of, link
 from store_fixture import make_store
 
 PROJECT = Path(__file__).parent.parent
@@ -178,60 +182,23 @@ def maintain(folder: Path, actions: int, objects: int) -> list[Row]:
 
 # ---- nothing to do ----
 
-TRIVIAL = """
-PARTS = [f"{{i:06d}}" for i in range({parts})]
-rule all:
-    input: "results/models/x/weights"
-rule fetch:
-    output: "results/corpora/x/corpus.json"
-    shell: "true"
-rule tokenizer:
-    input: "results/corpora/x/corpus.json"
-    output: "results/tokenizers/x/tokenizer.json"
-    shell: "true"
-rule encode:
-    input: "results/corpora/x/corpus.json", "results/tokenizers/x/tokenizer.json"
-    output: multiext("results/tokens/x/{{part}}", "_train.bin", "_val.bin", ".json")
-    shell: "true"
-rule index:
-    input: expand("results/tokens/x/{{part}}.json", part=PARTS)
-    output: "results/tokens/x/manifest.json"
-    shell: "true"
-rule network:
-    input: "results/tokenizers/x/tokenizer.json"
-    output: "results/networks/x/network.json"
-    shell: "true"
-rule plan:
-    input: "results/tokenizers/x/tokenizer.json"
-    output: "results/plans/x/plan.json"
-    shell: "true"
-rule train:
-    input: "results/tokens/x/manifest.json", "results/plans/x/plan.json", "results/networks/x/network.json"
-    output: multiext("results/models/x/", "weights", "best", "config", "metrics")
-    shell: "true"
-"""
-
 
 def noop(folder: Path, rounds: int, parts: int) -> list[Row]:
     """`snakemake` with nothing to do: an experiment of many shards, and the same DAG of trivial rules."""
     ours, theirs = folder / "ours", folder / "trivial"
-    theirs.mkdir()
-    (theirs / "Snakefile").write_text(TRIVIAL.format(parts=parts))
-    _fill_trivial(theirs, parts)
-    _fill(ours, parts)
-    flags = ["--cores", "2", "--scheduler", "greedy"]
-    commands = {
-        "snakegpt": (ours, ["train_x", *flags]),
-        "trivial": (theirs, [*flags, "--rerun-triggers", "mtime", "params", "input"]),
-    }
+    make_project(ours, parts)
+    fill_project(ours, parts)
+    make_trivial(theirs, parts)
+    fill_trivial(theirs, parts)
+    commands = {"snakegpt": (ours, ["train_x", *FLAGS]), "trivial": (theirs, TRIVIAL_FLAGS)}
     for place, words in commands.values():
         # Gives every result the metadata that Snakemake keeps of a job that ran.
-        _snakemake(place, [*words, "--touch"])
-        assert "Nothing to be done" in _snakemake(place, words), place
+        snakemake(place, [*words, "--touch", "--forceall"])
+        assert "Nothing to be done" in snakemake(place, words).text, place
     measured = in_turn(
         rounds,
         **{
-            name: lambda place=place, words=words: _snakemake(place, words) and None
+            name: lambda place=place, words=words: snakemake(place, words).elapsed_s
             for name, (place, words) in commands.items()
         },
     )
@@ -239,80 +206,6 @@ def noop(folder: Path, rounds: int, parts: int) -> list[Row]:
     ratio = figures["snakegpt"] / figures["trivial"]
     what = f"no-op snakemake, {parts:,} shards"
     return [Row(what, "s", figures, ratio, "at most 1.5", ratio <= 1.5)]
-
-
-def _snakemake(place: Path, words: list[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "snakemake", *words], cwd=place, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def _fill_trivial(place: Path, parts: int) -> None:
-    names = ["corpora/x/corpus.json", "tokenizers/x/tokenizer.json", "tokens/x/manifest.json"]
-    names += ["networks/x/network.json", "plans/x/plan.json"]
-    names += [f"models/x/{name}" for name in ("weights", "best", "config", "metrics")]
-    for part in range(parts):
-        names += [f"tokens/x/{part:06d}{end}" for end in ("_train.bin", "_val.bin", ".json")]
-    for name in names:
-        path = place / "results" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
-
-
-SETTINGS = """
-corpora:
-  x: {source: {kind: local, paths: ["texts/*.txt"]}, part_bytes: 1000}
-tokenizers:
-  x: {kind: char, corpus: x}
-experiments:
-  x: {corpus: x, tokenizer: x}
-"""
-
-
-def _fill(place: Path, parts: int) -> None:
-    """A project whose whole experiment is in results/, published by the store and not by its stages."""
-    place.mkdir()
-    for name in ("Snakefile", "rules", "profiles", "workflow"):
-        (place / name).symlink_to(PROJECT / name)
-    (place / "config.yaml").write_text(SETTINGS)
-    source = load_files([place / "config.yaml"], {}).corpora["x"].source.model_dump()
-    files = tuple(File(f"texts/{part:06d}.txt", f"{part:064x}", 1000) for part in range(parts))
-    entry = Entry(source, files)
-    os.chdir(place)
-    from snakegpt import locks
-
-    locks.put(Path("corpora.lock.json"), {"x": entry})
-    settings = load_files(["config.yaml"], {})
-    pipeline = Pipeline(settings, {"x": entry})
-    store = Store("store")
-    store.make()
-    names = {"corpus": "x", "tokenizer": "x", "experiment": "x"}
-    wanted = [("fetch_corpus", ["corpus"]), ("build_tokenizer", ["tokenizer"])]
-    wanted += [("index_tokens", ["corpus", "tokenizer"]), ("bench_network", ["experiment"])]
-    wanted += [("plan_training", ["experiment"]), ("train_model", ["experiment"])]
-    for stage, wildcards in wanted:
-        if stage == "index_tokens":
-            for part in pipeline.parts("x"):
-                given = {"corpus": "x", "tokenizer": "x", "part": part}
-                _publish(store, pipeline.request("encode_tokens", given))
-        _publish(store, pipeline.request(stage, {name: names[name] for name in wildcards}))
-
-
-def _publish(store: Store, request: Request) -> None:
-    inputs = {
-        role: [digest_of(store, Path(path)) for path in paths]
-        for role, paths in request.inputs.items()
-    }
-    action = Action(request.stage, request.settings, code_of(request.stage), inputs)
-    with store.workspace(action.key) as workspace:
-        for path in request.outputs:
-            (workspace / Path(path).name).write_text(json.dumps({"of": request.name, "path": path}))
-        outputs = store.publish(workspace)
-    record = {"key": action.key, "outputs": outputs, "inputs": {}, "stage": request.stage}
-    store.record(action.key, record)
-    link(store, record, Path(request.folder))
 
 
 def main() -> None:

@@ -39,8 +39,18 @@ LAYERS = [
         "bpe_training",
         "engines",
         "shards",
+        "inspect",
     },
-    {"model", "huggingface_format", "optimizer", "distributed", "batches", "placement", "tokens"},
+    {
+        "model",
+        "huggingface_format",
+        "optimizer",
+        "distributed",
+        "batches",
+        "prefetch",
+        "placement",
+        "tokens",
+    },
     {
         "training_state",
         "trainer",
@@ -124,7 +134,7 @@ def test_every_stage_declares_its_science(stage):
     assert not NOT_SCIENCE & code["modules"].keys()
 
 
-@pytest.mark.parametrize("stage", sorted({*OUTPUTS, "lock_corpora"}))
+@pytest.mark.parametrize("stage", sorted({*OUTPUTS, "lock_corpora", "export_tokens"}))
 def test_every_stage_runs_alone(stage):
     done = subprocess.run(
         [sys.executable, "-m", f"snakegpt.stages.{stage}", "--help"], capture_output=True, text=True

@@ -14,6 +14,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from snakegpt.errors import Interrupted, UserError
 from snakegpt.huggingface_format import save_weights
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import Schedule, clip_gradients, make_adamw, set_learning_rate
+from snakegpt.prefetch import ahead_of
 from snakegpt.progress import Progress, quantity, say
 from snakegpt.training_state import Metrics, StateFolder
 
@@ -104,6 +106,7 @@ class Trainer:
         self.network = self._wrapped()
         self.states = StateFolder(state_folder, launch.label if group.leads else None)
         self.step = 0  # updates done
+        self.micro_batches = self._batches_from_here()
         self.busy_s = 0.0  # in updates: without validation, saving and start-up
         self.best_step, self.best_loss = 0, math.inf
 
@@ -116,6 +119,10 @@ class Trainer:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True)
         return network
 
+    def _batches_from_here(self) -> Iterator[tuple[Tensor, Tensor]]:
+        micro_rows, group = self.launch.micro_rows, self.group
+        return self.batches.from_step(self.step, micro_rows, group.rank, group.ranks)
+
     # ---- the loop ----
 
     def run(self, out: Path) -> None:
@@ -125,6 +132,10 @@ class Trainer:
         """
         stop = StopRequest()
         resumed = self._resume()
+        with ahead_of(self._batches_from_here(), self.launch.device) as self.micro_batches:
+            self._train(stop, resumed, out)
+
+    def _train(self, stop: StopRequest, resumed: int | None, out: Path) -> None:
         metrics = Metrics(self.states.metrics, resumed) if self.group.leads else None
         if metrics:
             self._describe(metrics, resumed)
@@ -186,10 +197,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.network.train()
         total = torch.zeros((), device=launch.device)
-        micro_batches = self.batches.micro_batches(
-            step, launch.micro_rows, self.group.rank, self.group.ranks
-        )
-        for index, (ids_BT, targets_BT) in enumerate(micro_batches):
+        for index in range(self.accumulation):
+            ids_BT, targets_BT = next(self.micro_batches)
             with self._gradients_stay_local(index < self.accumulation - 1):
                 loss = self._losses(self.network, ids_BT, targets_BT).mean() / self.accumulation
                 loss.backward()
