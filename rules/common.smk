@@ -3,10 +3,12 @@ import atexit
 import json
 import os
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import Quietness
 
+from snakegpt.durable import write_atomically
 from snakegpt.errors import UserError, nearest
 from snakegpt.identity import code_of, digest
 from snakegpt.locks import read as read_locks
@@ -134,9 +136,25 @@ def arguments_of(stage):
             words += ["--input", role, *paths]
         for role, paths in request.unhashed.items():
             words += ["--unhashed", role, *paths]
-        return words
+        return on_a_command_line(words)
 
     return arguments
+
+
+def on_a_command_line(words):
+    """Arguments as they are, or the name of a file that holds them.
+
+    A job's whole command is one word to the shell, and Linux takes 128 KiB of that: a corpus of a
+    thousand files or an index of a thousand parts has more.
+    """
+    text = json.dumps(words)
+    if len(text) < 60_000:  # half, for quotes and the rest of the command
+        return words
+    file = Path(".snakemake", "snakegpt", f"{digest(words)}.json")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return [f"@{file}"]
 
 
 # Ranks beyond eight on one CPU only divide small batches further (see distributed.choose_ranks).

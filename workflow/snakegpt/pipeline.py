@@ -149,10 +149,13 @@ class Pipeline:
             return {UNLOCKED_PART: []}
         limit = self.settings.corpus(corpus).part_bytes
         parts: list[list[dict[str, Any]]] = [[]]
+        n_bytes = 0  # of the last part
         for file in locked.files:
-            if parts[-1] and sum(f["bytes"] for f in parts[-1]) + file.bytes > limit:
+            if parts[-1] and n_bytes + file.bytes > limit:
                 parts.append([])
+                n_bytes = 0
             parts[-1].append(asdict(file))
+            n_bytes += file.bytes
         return {f"{index:06d}": files for index, files in enumerate(parts)}
 
     def _fetch_corpus(self, corpus: str) -> Request:

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,8 @@ from snakegpt.store import Store, provenance
 from snakegpt.store.leases import Lease
 from snakegpt.store.links import digest_of, link, maker
 from snakegpt.store.objects import Check, LinkMode, Outputs
+
+LONG_ARGUMENT = 100_000  # characters
 
 
 def run(
@@ -130,8 +133,8 @@ def _run_stage(
             file.write_text(json.dumps({"actions": actions}), encoding="utf-8")
             execution["provenance"] = str(file)
         command = [sys.executable, "-m", f"snakegpt.stages.{action.stage}"]
-        command += ["--settings", json.dumps(action.science)]
-        command += ["--execution", json.dumps(execution)]
+        command += ["--settings", _argument(action.science, workspace / "settings.json")]
+        command += ["--execution", _argument(execution, workspace / "execution.json")]
         for role, paths in inputs.items():
             command += [f"--{role}", *map(str, paths)]
         command += ["--out", str(out)]
@@ -150,6 +153,15 @@ def _run_stage(
     if not outputs:
         raise AssertionError(f"{label} left no file")
     return outputs
+
+
+def _argument(value: Mapping[str, Any], file: Path) -> str:
+    """JSON for a command line, by way of a file if it is long: Linux takes 128 KiB a word."""
+    text = json.dumps(value)
+    if len(text) < LONG_ARGUMENT:
+        return text
+    file.write_text(text, encoding="utf-8")
+    return f"@{file}"
 
 
 def _call(command: list[str], lease: Lease, environment: dict[str, str]) -> int:
@@ -256,7 +268,10 @@ def _roles(groups: list[list[str]]) -> dict[str, list[Path]]:
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("@"):  # a rule's arguments that no command line would take
+        words[:1] = json.loads(Path(words[0][1:]).read_text(encoding="utf-8"))
+    args = _parser().parse_args(words)
     if args.log:
         _tee(args.log)
     run(
