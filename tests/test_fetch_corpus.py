@@ -13,7 +13,8 @@ import time
 from urllib.parse import quote
 
 import pytest
-from data_fixtures import Faults, FileServer, pin, serving, stage
+import yaml
+from data_fixtures import ROOT, Faults, FileServer, pin, serving, stage
 from hub_stand_in import COMMIT, TOKEN, Hub, hub_env
 from snakegpt import locks
 from snakegpt.sources import downloads
@@ -336,3 +337,71 @@ def test_the_token_is_nowhere_in_what_runs_leave_behind(tmp_path):
         assert any(path.name == "web.log" for path in files)
     sent = [headers["Authorization"] for headers in hub.headers if "Authorization" in headers]
     assert sent and set(sent) == {f"Bearer {TOKEN}"}  # it was in use
+
+
+# ---- many files ------------------------------------------------------------------------------
+
+
+def many(tmp_path, n_files):
+    """A project whose corpus has that many files of a line each."""
+    for i in range(n_files):
+        path = tmp_path / "in" / f"{i % 100:02d}" / f"{i}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text {i}\n")
+    config = {
+        "corpora": {"many": {"source": {"kind": "local", "paths": ["in/**/*.txt"]}}},
+        "tokenizers": {},
+        "experiments": {},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def within(tmp_path, *command, files=64):
+    """Run a command that may have so many files open."""
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            f'ulimit -n {files} && exec "$@"',
+            "sh",
+            sys.executable,
+            "-m",
+            *map(str, command),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_a_corpus_of_more_files_than_a_command_line_takes_is_fetched(tmp_path):
+    many(tmp_path, 1500)
+    within(tmp_path, "snakegpt.stages.lock_corpora", "many")
+    corpus = "results/corpora/many/corpus.json"
+    snakemake = ["snakemake", "--snakefile", ROOT / "Snakefile", "--cores", "1"]
+    within(tmp_path, *snakemake, "--configfile", "config.yaml", "--", corpus, files=256)
+    assert len(json.loads((tmp_path / corpus).read_text())["files"]) == 1500
+    assert (tmp_path / "results/corpora/many/files/99/1499.txt").read_text() == "text 1499\n"
+
+
+@pytest.mark.long
+def test_very_many_tiny_files_are_locked_and_fetched_a_few_at_a_time(tmp_path):
+    many(tmp_path, 20_000)
+    within(tmp_path, "snakegpt.stages.lock_corpora", "many")
+    entry = locks.read(tmp_path / "corpora.lock.json")["many"].as_json()
+    assert len(entry["files"]) == 20_000
+    (tmp_path / "settings.json").write_text(json.dumps({"files": entry["files"]}))
+    execution = json.dumps({"corpus": "many", "source": entry["source"]})
+    fetch_stage = ["snakegpt.stages.fetch_corpus", "--settings", "@settings.json"]
+    within(tmp_path, *fetch_stage, "--execution", execution, "--out", "out")
+    assert (tmp_path / "out/files/99/19999.txt").read_text() == "text 19999\n"
+    web = {f"{i}.txt": f"text {i}\n".encode() for i in range(5000)}
+    with serving(FileServer(web)) as server:
+        pins, execution = on_web(server, web)
+        (tmp_path / "settings.json").write_text(json.dumps({"files": pins}))
+        (tmp_path / "execution.json").write_text(json.dumps({**execution, "download_workers": 8}))
+        within(tmp_path, *fetch_stage, "--execution", "@execution.json", "--out", "web")
+        assert len(server.asked) == 5000
+    assert (tmp_path / "web/files/4999.txt").read_text() == "text 4999\n"
