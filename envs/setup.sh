@@ -16,8 +16,10 @@ fail() {
 
 command -v "$python" >/dev/null 2>&1 ||
     fail "$python is not installed. On Debian: apt install python3 python3-pip make. Or name another: PYTHON=python3.12"
+version=$("$python" --version 2>&1) || # a stand-in, perhaps, for a Python that is not there
+    fail "$python does not run: $version"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    fail "$("$python" --version) is too old: 3.11 or newer is needed. Name a newer one: PYTHON=python3.12"
+    fail "$version is too old: 3.11 or newer is needed. Name a newer one: PYTHON=python3.12"
 "$python" -m pip --version >/dev/null 2>&1 ||
     fail "$python has no pip. On Debian: apt install python3-pip"
 command -v make >/dev/null 2>&1 ||

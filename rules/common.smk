@@ -1,10 +1,15 @@
 # What the rules share: the checked settings and functions that ask the pipeline. No rules here.
+import atexit
+import inspect
 import json
 import os
 import sys
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.enums import Quietness
 
+from snakegpt.durable import write_atomically
 from snakegpt.errors import UserError, nearest
 from snakegpt.identity import code_of, digest
 from snakegpt.locks import read as read_locks
@@ -33,7 +38,7 @@ os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH
 
 PIPELINE = user_error_as_workflow_error(make_pipeline)
 SETTINGS = PIPELINE.settings
-STORE = Store.locate(SETTINGS.store.path)
+STORE = Store.locate(SETTINGS.store.path, check=SETTINGS.store.check)
 
 # Snakemake stops at a link to nothing; a missing result it knows how to make.
 if workflow.is_main_process:
@@ -44,6 +49,32 @@ if workflow.is_main_process:
             " this run restores or rebuilds them",
             file=sys.stderr,
         )
+
+
+def tell_reasons():
+    """After a dry run, say why each of its stages would run and what that may cost.
+
+    Snakemake calls no hook then, so this is called at exit, and looks whether there was one that
+    did not fail. --lint, --report, --unlock and the like execute nothing, dry or not.
+    """
+    scheduler = workflow.scheduler
+    if not workflow.dryrun or scheduler is None or scheduler.failed:
+        return
+    if Quietness.ALL in (workflow.output_settings.quiet or ()):
+        return
+    jobs = workflow.dag.needrun_jobs(exclude_finished=False)
+    # Imported here, for a dry run alone.
+    from snakegpt.store.explain import Explainer
+    from snakegpt.store.forecast import of_jobs
+
+    files = list(dict.fromkeys(map(os.path.relpath, workflow.configfiles)))
+    asked = [(job.rule.name, dict(job.wildcards.items())) for job in jobs]
+    for line in of_jobs(Explainer(STORE, PIPELINE, files), asked):
+        print(line)
+
+
+if workflow.is_main_process:
+    atexit.register(tell_reasons)
 
 
 def one_of(names):
@@ -61,6 +92,12 @@ def request_of(stage, wildcards):
     return user_error_as_workflow_error(PIPELINE.request, stage, dict(wildcards.items()))
 
 
+def signed(function):
+    """Snakemake looks at the parameters of an input function a dozen times a job; once is enough."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 def inputs_of(stage):
     """Named input files of a stage, also those that are no part of its key.
 
@@ -72,12 +109,12 @@ def inputs_of(stage):
         request = request_of(stage, wildcards)
         return {**request.inputs, **request.unhashed}
 
-    return inputs
+    return signed(inputs)
 
 
 def settings_of(stage):
     """Science settings of a stage as JSON: a change is a rerun."""
-    return lambda wildcards: json.dumps(request_of(stage, wildcards).settings)
+    return signed(lambda wildcards: json.dumps(request_of(stage, wildcards).settings))
 
 
 def code_of_stage(stage):
@@ -89,24 +126,42 @@ def arguments_of(stage):
     """The runner's arguments, for `{params.arguments:q}`.
 
     Execution settings come in here. Snakemake does not compare a parameter whose function asks for
-    `threads`, so changing them reruns nothing (tests/test_workflow.py holds it to that).
+    `output`, so changing them reruns nothing (tests/test_workflow.py holds it to that).
     """
 
-    def arguments(wildcards, threads):
+    def arguments(wildcards, output):
         request = request_of(stage, wildcards)
-        execution = {**request.execution, "threads": threads}
         words = [stage, request.name, "--output", request.folder]
         words += ["--store", SETTINGS.store.path]
         words += ["--check", SETTINGS.store.check, "--link", SETTINGS.store.link]
+        if SETTINGS.store.remote:
+            words += ["--remote", SETTINGS.store.remote]
+            words += [] if SETTINGS.store.push else ["--no-push"]
         words += ["--settings", json.dumps(request.settings)]
-        words += ["--execution", json.dumps(execution)]
+        words += ["--execution", json.dumps(request.execution)]
         for role, paths in request.inputs.items():
             words += ["--input", role, *paths]
         for role, paths in request.unhashed.items():
             words += ["--unhashed", role, *paths]
-        return words
+        return on_a_command_line(words)
 
-    return arguments
+    return signed(arguments)
+
+
+def on_a_command_line(words):
+    """Arguments as they are, or the name of a file that holds them.
+
+    A job's whole command is one word to the shell, and Linux takes 128 KiB of that: a corpus of a
+    thousand files or an index of a thousand parts has more.
+    """
+    if sum(map(len, words)) < 60_000:  # half, for quotes and the rest of the command
+        return words
+    text = json.dumps(words)
+    file = Path(".snakemake", "snakegpt", f"{digest(words)}.json")
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, lambda aside: aside.write_text(text, encoding="utf-8"))
+    return [f"@{file}"]
 
 
 # Ranks beyond eight on one CPU only divide small batches further (see distributed.choose_ranks).

@@ -9,7 +9,8 @@ rule lock_corpora:
         "../envs/snakegpt.yaml"
     threads: 1
     params:
-        configfiles=workflow.configfiles,
+        # Each once: Snakemake names the Snakefile's own again at the end, where it would win.
+        configfiles=list(dict.fromkeys(os.path.relpath(f) for f in workflow.configfiles)),
     shell:
         "python -m snakegpt.stages.lock_corpora --configfile {params.configfiles:q}"
         " 2>&1 | tee {log:q}"
@@ -22,6 +23,7 @@ rule fetch_corpus:
         "logs/fetch_corpus/{corpus}.log",
     benchmark:
         "logs/fetch_corpus/{corpus}.tsv"
+    priority: 1  # first of all, since a source out of reach ends the run
     conda:
         "../envs/snakegpt.yaml"
     threads: 1
@@ -33,7 +35,7 @@ rule fetch_corpus:
         code=code_of_stage("fetch_corpus"),
         arguments=arguments_of("fetch_corpus"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --state --log {log:q}"
 
 
 rule build_tokenizer:
@@ -56,7 +58,30 @@ rule build_tokenizer:
         code=code_of_stage("build_tokenizer"),
         arguments=arguments_of("build_tokenizer"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
+
+
+rule screen_documents:
+    input:
+        unpack(inputs_of("screen_documents")),
+    output:
+        drops="results/corpora/{corpus}/drops.json",
+    log:
+        "logs/screen_documents/{corpus}.log",
+    benchmark:
+        "logs/screen_documents/{corpus}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    params:
+        settings=settings_of("screen_documents"),
+        code=code_of_stage("screen_documents"),
+        arguments=arguments_of("screen_documents"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule encode_tokens:
@@ -81,7 +106,7 @@ rule encode_tokens:
         code=code_of_stage("encode_tokens"),
         arguments=arguments_of("encode_tokens"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule index_tokens:
@@ -104,4 +129,4 @@ rule index_tokens:
         code=code_of_stage("index_tokens"),
         arguments=arguments_of("index_tokens"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"

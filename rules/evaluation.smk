@@ -22,7 +22,7 @@ rule evaluate_model:
         code=code_of_stage("evaluate_model"),
         arguments=arguments_of("evaluate_model"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule sample_text:
@@ -46,4 +46,4 @@ rule sample_text:
         code=code_of_stage("sample_text"),
         arguments=arguments_of("sample_text"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"

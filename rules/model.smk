@@ -21,7 +21,7 @@ rule plan_training:
         code=code_of_stage("plan_training"),
         arguments=arguments_of("plan_training"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule train_model:
@@ -49,4 +49,4 @@ rule train_model:
         code=code_of_stage("train_model"),
         arguments=arguments_of("train_model"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --state --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --state --log {log:q}"

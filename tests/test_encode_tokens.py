@@ -9,14 +9,22 @@ import struct
 
 import pytest
 from data_fixtures import pin, stage, write_corpus
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from snakegpt.documents import Document
 from snakegpt.settings import Validation
-from snakegpt.stages.encode_tokens import split_document
+from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import char_tokenizer
+from snakegpt.tokens import open_split, read_manifest
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz \n"
 POSITION = {"by": "position", "fraction": 0.1}
+
+
+def split_document(text, validation):
+    """(split, text) of each piece."""
+    for split, start, stop in Splitter(validation).divide(Document(text), "a.txt"):
+        yield split, text[start:stop]
 
 
 def write_tokenizer(folder, characters=LETTERS):
@@ -72,6 +80,16 @@ def test_tiny_shakespeare_s_length_is_cut_where_nanogpt_cuts_it():
     assert len(pieces["val"]) == 111_540
 
 
+@given(st.integers(1, 3000), st.integers(1, 999))
+@example(10, 900)  # floor(10 x (1 - 0.9)) is 0 in floats
+def test_position_gives_train_exactly_its_share(n_characters, thousandths):
+    validation = Validation(by="position", fraction=thousandths / 1000)
+    pieces = dict(split_document("x" * n_characters, validation))
+    n_train = len(pieces.get("train", ""))
+    assert n_train * 1000 <= n_characters * (1000 - thousandths) < (n_train + 1) * 1000
+    assert n_train + len(pieces.get("val", "")) == n_characters
+
+
 def test_a_side_without_characters_is_skipped():
     halves = split_document("x", Validation(by="position", fraction=0.5))
     assert list(halves) == [("val", "x")]
@@ -81,7 +99,7 @@ def test_a_side_without_characters_is_skipped():
 def test_the_document_split_depends_on_text_and_fraction_alone(texts, fraction):
     for text in texts:
         ((split, piece),) = split_document(text, Validation(by="document", fraction=fraction))
-        number = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
+        number = int(hashlib.blake2b(text.encode(), digest_size=16).hexdigest()[:16], 16)
         assert piece == text
         assert split == ("val" if number / 2**64 < fraction else "train")
 
@@ -134,6 +152,19 @@ def test_a_bad_file_is_one_message_and_status_2(tmp_path, files, message):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"colunm": "body"}, "unknown setting text.colunm"),
+        ({"encoding_errors": "ignore"}, "text.encoding_errors"),
+    ],
+)
+def test_a_mistyped_text_setting_is_refused(tmp_path, text, message):
+    done, _ = encode(tmp_path, {"a.txt": b"abc"}, {"text": text, "validation": POSITION})
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_a_missing_raw_file_is_named(tmp_path):
     files = {"a.txt": b"abc"}
     settings = {"files": [pin("gone.txt", b"")], "validation": POSITION}
@@ -156,3 +187,17 @@ def test_a_raw_file_that_is_not_the_locked_one_is_refused(tmp_path):
     assert "a.txt is not the file that was locked" in done.stderr
     assert locked[0]["sha256"] in done.stderr
     assert hashlib.sha256(b"abd").hexdigest() in done.stderr
+
+
+def test_more_characters_than_uint16_counts_are_uint32_ids_that_batches_read(tmp_path):
+    letters = "".join(map(chr, range(0x10000, 0x20000)))  # 65,536, and the end-of-text id
+    files = {"a.txt": letters.encode()}
+    done, out = encode(tmp_path, files, {"part": "000000", "validation": POSITION}, letters)
+    assert done.returncode == 0, done.stderr
+    done = stage("index_tokens", {}, out, "--parts", out / "part_000000.json")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(out / "manifest.json")
+    assert manifest["dtype"] == "uint32"
+    val = open_split(out / "manifest.json", manifest, "val")
+    assert val.read(len(val) - 3, len(val)).tolist() == [65_534, 65_535, 65_536]
+    assert val.read(0, 1).tolist() == [0]

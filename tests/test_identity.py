@@ -139,6 +139,15 @@ def test_imported_modules_of_the_package_count(tmp_path):
     assert before["modules"]["snakegpt.science"] == after["modules"]["snakegpt.science"]
 
 
+def test_an_import_inside_a_function_counts_too(tmp_path):
+    hidden = SCIENCE.replace("from snakegpt import leaf\n", "").replace(
+        "    return x * y", "    if x:\n        from snakegpt.leaf import VALUE\n    return x * y"
+    )
+    before = code_of("cook", package(tmp_path / "a", hidden))
+    after = code_of("cook", package(tmp_path / "b", hidden, leaf="VALUE = 2\n"))
+    assert before["modules"]["snakegpt.leaf"] != after["modules"]["snakegpt.leaf"]
+
+
 def test_the_rest_of_a_stage_counts_by_its_revision_alone(tmp_path):
     declaration = 'REVISION = {}\nSCIENCE = ("snakegpt.science",)\n'
     before = code_of("cook", package(tmp_path / "a", stage=declaration.format(1)))

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 
+import numpy as np
 import pytest
 from data_fixtures import stage
 from snakegpt.errors import UserError
 from snakegpt.stages.index_tokens import index_tokens
+
+
+def id_counts(counts):
+    """As parts write them."""
+    packed = zlib.compress(np.array(counts, "<i8").tobytes())
+    return base64.b64encode(packed).decode("ascii")
 
 
 def part(number, train=(10, 2), val=(5, 1), fingerprint="a" * 64, empty=0, replaced=0):
@@ -26,6 +35,8 @@ def part(number, train=(10, 2), val=(5, 1), fingerprint="a" * 64, empty=0, repla
             "n_documents": n_documents,
             "n_text_bytes": 4 * n_tokens,
             "n_characters": n_characters,
+            "lengths": {"4": n_documents} if n_documents else {},
+            "id_counts": id_counts([0, n_documents, n_tokens - n_documents]),
         }
 
     return {
@@ -52,9 +63,19 @@ def test_parts_are_added_up_in_order_and_empty_shards_left_out(tmp_path):
     assert (train["n_tokens"], train["n_documents"], train["n_text_bytes"]) == (27, 7, 108)
     assert (val["n_tokens"], val["n_documents"]) == (10, 2)
     assert manifest["dropped"] == {"empty": 3}
+    assert train["lengths"] == {"4": 7}
+    assert train["most_common_ids"] == [[2, 20], [1, 7]]
+    assert train["bytes_per_token"] == 4.0
     assert manifest["replaced_bytes"] == 4
     assert manifest["dtype"] == "uint16"
     assert manifest["tokenizer"] == parts[0]["tokenizer"]
+
+
+@pytest.mark.parametrize(("n_vocab", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
+def test_the_vocabulary_decides_the_type_of_ids(tmp_path, n_vocab, dtype):
+    one = part(0)
+    one["tokenizer"]["n_vocab"] = n_vocab
+    assert index_tokens(write(tmp_path, one))["dtype"] == dtype
 
 
 @pytest.mark.parametrize(

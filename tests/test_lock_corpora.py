@@ -11,11 +11,10 @@ import threading
 
 import pytest
 import yaml
-from data_fixtures import ROOT, Hub, pin, serving
+from data_fixtures import ROOT, Faults, pin, serving
+from hub_stand_in import COMMIT, PAGE_FILES, Hub, hub_env
 from snakegpt import locks
 from snakegpt.errors import UserError
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def corpus(path):
@@ -54,7 +53,12 @@ def locked(project):
     return json.loads(path.read_text())["corpora"] if path.exists() else {}
 
 
-def test_what_the_default_experiments_use_is_locked_and_then_said_to_be(project):
+@pytest.mark.parametrize("kind", [{"kind": "char"}, {"kind": "bpe", "vocabulary": 300}])
+def test_what_the_default_experiments_use_is_locked_and_then_said_to_be(project, kind):
+    path = project / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["tokenizers"]["chars"] = kind | {"corpus": "two"}
+    path.write_text(yaml.safe_dump(config))
     done = run(project)
     assert done.returncode == 0, done.stderr
     assert set(locked(project)) == {"one", "two"}
@@ -103,6 +107,16 @@ def test_a_changed_source_is_locked_anew(project):
     assert [file["path"] for file in locked(project)["one"]["files"]] == ["one.txt", "two.txt"]
 
 
+def test_a_password_in_a_url_is_refused(project):
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    config["corpora"]["one"]["source"] = {"kind": "http", "urls": ["http://me:secret@host/a.txt"]}
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    done = run(project)
+    assert done.returncode == 2
+    assert "corpora.one.source.urls holds a password" in done.stderr
+    assert "secret" not in done.stderr
+
+
 def test_an_unknown_corpus_is_named(project):
     done = run(project, "onne")
     assert done.returncode == 2
@@ -120,15 +134,6 @@ def hub_project(tmp_path, files="data/*", revision=None):
     return tmp_path
 
 
-def hub_env(tmp_path, url):
-    return {
-        "HF_ENDPOINT": url,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_TOKEN": "hf_verysecret",
-    }
-
-
 def test_a_hub_repository_is_locked_at_its_commit_with_the_hub_s_digests(tmp_path):
     files = {"data/a.parquet": b"large a", "data/b.txt": b"small", "README.md": b"no"}
     project = hub_project(tmp_path)
@@ -141,6 +146,58 @@ def test_a_hub_repository_is_locked_at_its_commit_with_the_hub_s_digests(tmp_pat
     assert entry["revision"] == COMMIT
     assert entry["files"] == [pin(name, files[name]) for name in ("data/a.parquet", "data/b.txt")]
     assert "hf_verysecret" not in done.stderr + done.stdout
+
+
+def test_a_hub_repository_without_a_revision_stays_at_its_commit_until_updated(tmp_path):
+    old, new = {"data/a.txt": b"old", "more.txt": b"m"}, {"data/a.txt": b"new", "more.txt": b"m"}
+    project = hub_project(tmp_path)
+    with serving(Hub("some/texts", COMMIT, old, lfs=set())) as hub:
+
+        def lock(*arguments):
+            done = run(project, *arguments, "web", env=hub_env(tmp_path, hub.url))
+            assert done.returncode == 0, done.stderr
+            entry = locked(project)["web"]
+            assert entry["source"]["revision"] is None
+            return done.stderr, entry["revision"], entry["files"]
+
+        first = [pin("data/a.txt", b"old")]
+        assert lock()[1:] == (COMMIT, first)
+        newer = "f" * 40
+        hub.commit, hub.files, hub.earlier = newer, new, {COMMIT: old}
+        said, *kept = lock()
+        assert "unchanged" in said
+        assert kept == [COMMIT, first]
+        # Other files of it are taken from the same commit.
+        hub_project(tmp_path, "*.txt")
+        said, *kept = lock()
+        assert "its source has changed" in said
+        assert kept == [COMMIT, [*first, pin("more.txt", b"m")]]
+        assert lock("--update")[1:] == (newer, [pin("data/a.txt", b"new"), pin("more.txt", b"m")])
+
+
+def test_another_hub_repository_does_not_take_the_old_one_s_commit(tmp_path):
+    project = hub_project(tmp_path)
+    old = locks.Entry(
+        {"kind": "huggingface", "repo": "other/texts", "files": ["data/*"]},
+        (locks.File(**pin("data/a.txt", b"a")),),
+        "e" * 40,
+    )
+    locks.put(project / "corpora.lock.json", {"web": old})
+    with serving(Hub("some/texts", COMMIT, {"data/a.txt": b"a"}, lfs=set())) as hub:
+        done = run(project, "web", env=hub_env(tmp_path, hub.url))
+    assert done.returncode == 0, done.stderr
+    assert locked(project)["web"]["revision"] == COMMIT
+
+
+def test_every_page_of_a_long_listing_is_read_and_a_hub_that_stumbles_asked_again(tmp_path):
+    files = {f"data/{i}.parquet": f"text {i}".encode() for i in range(3 * PAGE_FILES - 1)}
+    project = hub_project(tmp_path)
+    faults = Faults(statuses=[(429, {"Retry-After": "0"}), 502], drops=[9999, 20])
+    with serving(Hub(files=files, lfs={*files}, api_faults=faults)) as hub:
+        done = run(project, "web", env=hub_env(tmp_path, hub.url))
+    assert done.returncode == 0, done.stderr
+    assert locked(project)["web"]["files"] == [pin(name, files[name]) for name in sorted(files)]
+    assert faults.statuses == faults.drops == []
 
 
 @pytest.mark.parametrize(
@@ -189,6 +246,27 @@ def test_corpora_locked_at_once_do_not_lose_each_other(tmp_path):
             "is not a number of bytes",
         ),
         (lambda tree: tree["corpora"]["a"]["files"][0].update(path="../x"), "leaves its folder"),
+        (
+            lambda tree: tree["corpora"]["a"]["files"][0].update(path="a/../../x"),
+            "leaves its folder",
+        ),
+        (lambda tree: tree["corpora"]["a"]["files"][0].update(path="/etc/x"), "leaves its folder"),
+        (lambda tree: tree["corpora"]["a"]["files"][0].pop("bytes"), "'bytes' is missing"),
+        (lambda tree: tree["corpora"]["a"]["files"][0].update(more=1), "more"),
+        (lambda tree: tree["corpora"]["a"]["files"][0].update(path=7), "path = 7 is no file name"),
+        (lambda tree: tree["corpora"]["a"]["files"][0].update(path="a/."), "is no file name"),
+        (
+            lambda tree: tree["corpora"]["a"].update(files=2 * tree["corpora"]["a"]["files"]),
+            "twice",
+        ),
+        (
+            lambda tree: tree["corpora"]["a"].update(
+                archive={"name": "../x", "sha256": "0" * 64, "bytes": 1}
+            ),
+            "leaves its folder",
+        ),
+        (lambda tree: tree["corpora"].update(a=[]), "damaged"),
+        (lambda tree: tree.update(corpora=[]), "damaged"),
     ],
 )
 def test_a_damaged_lock_file_is_refused(tmp_path, change, message):
@@ -199,6 +277,29 @@ def test_a_damaged_lock_file_is_refused(tmp_path, change, message):
     path.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=message):
         locks.read(path)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -3])
+def test_a_lock_file_that_is_no_json_says_how_to_mend_it(tmp_path, keep):
+    path = tmp_path / "lock.json"
+    locks.put(path, {"a": entry("a.txt")})
+    path.write_text(path.read_text()[:keep])
+    with pytest.raises(UserError, match="damaged") as caught:
+        locks.read(path)
+    assert "git checkout" in str(caught.value) and "lock_corpora --all" in str(caught.value)
+
+
+@pytest.mark.parametrize("digits", ["0" * 64, "1" + "0" * 63])
+def test_a_digest_edited_by_hand_lets_no_file_in(project, digits):
+    """It is well formed, so that only the file itself can tell; the fetch shows both."""
+    run(project)
+    path = project / "corpora.lock.json"
+    true = hashlib.sha256(b"one").hexdigest()
+    path.write_text(path.read_text().replace(true, digits))
+    done = run(project, "one")
+    assert done.returncode == 2
+    assert f"locked: sha256 {digits}, 3 bytes" in done.stderr
+    assert f"found:  sha256 {true}, 3 bytes" in done.stderr
 
 
 def test_the_lock_of_the_default_corpus_pins_what_was_studied():

@@ -160,3 +160,11 @@ def test_figures_of_iperf3_are_read_from_its_json():
     assert found["gb_per_s"] == pytest.approx(1.0)
     assert found["mean_rtt_s"] == pytest.approx(0.0015)
     assert found["retransmits"] == 7
+
+
+def test_findings_are_written_out():
+    row = {"bytes": 498_000_000, "time_s": 1.3149, "busbw_gb_per_s": 0.378736}
+    takes, best = network.findings(498_000_000, [row], 0.00131)
+    assert "(498.0 MB) takes 1,310 ms" in takes
+    assert "the smallest message takes 1,310 µs" in takes
+    assert "0.379 GB/s, at messages of 498,000,000 bytes" in best

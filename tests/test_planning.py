@@ -101,6 +101,15 @@ def test_the_total_is_the_sum_of_its_parts():
     }
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "kind", "tokens"),  # 4,000 bytes of text
+    [(65_536, "char", 8000), (65_600, "char", 16_000), (257, "byte", 8000), (257, "gpt2", 2000)],
+)
+def test_tokens_take_four_bytes_above_65_536_ids(vocabulary, kind, tokens):
+    plan = plan_of(replace(TINY, vocabulary=vocabulary), tokenizer_kind=kind)
+    assert plan["disk_bytes"]["tokens"] == tokens
+
+
 def test_time_follows_from_arithmetic_and_speed():
     plan = plan_of()
     flops = plan["flops_per_token"]

@@ -72,6 +72,13 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
             ["tokenizers.gpt2.kind = 'gtp2'", "Nearest valid name: gpt2"],
         ),
         (
+            "tokenizers.shakespeare_bpe.corpus",
+            "shakespare",
+            ["shakespeare_bpe.corpus", "shakespeare"],
+        ),
+        ("tokenizers.shakespeare_bpe.vocabulary", 256, ["vocabulary = 256", "257"]),
+        ("tokenizers.shakespeare_bpe.pattern", "gpt4", ["pattern = 'gpt4'", "gpt2"]),
+        (
             "tokenizers.shakespeare_char.corpus",
             "shakespear",
             ["shakespeare_char.corpus", "shakespeare"],

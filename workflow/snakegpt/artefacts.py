@@ -41,14 +41,20 @@ class HashedFile:
     with HashedFile(path) as file:
         file.write(b"...")
     file.sha256, file.n_bytes
+
+    resumed  keep what the file holds already, which is read once, and write behind it
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resumed: bool = False) -> None:
         self.path, self.n_bytes = path, 0
-        self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
+        if resumed:
+            with path.open("rb") as kept:
+                self._digest = hashlib.file_digest(kept, "sha256")
+                self.n_bytes = kept.tell()
+        self._file = path.open("ab" if resumed else "wb", buffering=0)
         self._behind: threading.Thread | None = None
-        self._sent = 0
+        self._sent = self.n_bytes
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes, all of them or an OSError."""

@@ -64,10 +64,12 @@ def stage_parser(
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    source = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
     try:
+        source = Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
         value = json.loads(source)
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text[1:]}: {error.strerror}") from None
+    except ValueError as error:  # also bytes that are no UTF-8
         raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError("a JSON object is wanted")
@@ -97,6 +99,23 @@ def block(model: type[Block], values: Mapping[str, Any] | None, where: str) -> B
             else:
                 lines.append(f"{name}: {problem['msg']} (found {problem['input']!r})")
         raise UserError("\n".join(lines)) from None
+
+
+def read_json(path: Path, *keys: str) -> Any:
+    """What a JSON file holds, an object with `keys` if there are any.
+
+    raises   UserError that names the file
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if lacking:
+        raise UserError(
+            f"{path} has no {' and no '.join(lacking)}: it is not what it is taken for."
+        )
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

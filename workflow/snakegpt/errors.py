@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -29,8 +30,29 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Valid names: {', '.join(candidates)}." if candidates else ""
 
 
+# What a disk says that people can mend, and how. Anything else is a defect and keeps its traceback.
+_ROOM = (
+    "free some: `python -m snakegpt.store gc` shows what the store can do without; or move the store:"
+    " store.path in config.yaml, or SNAKEGPT_STORE"
+)
+_RIGHTS = (
+    "make it readable and writable for this user, or move the store: store.path in config.yaml, or"
+    " SNAKEGPT_STORE"
+)
+_WAYS_OUT = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: _RIGHTS,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+}
+
+
 def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a `main`: a UserError becomes one message and status 2, an interruption status 75."""
+    """Decorate a `main`: a UserError becomes one message and status 2, an interruption status 75.
+
+    A full disk and a missing permission are messages too.
+    """
 
     @wraps(main)
     def wrapped(*args: object, **kwargs: object) -> None:
@@ -38,6 +60,13 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(USER_ERROR) from None
+        except OSError as error:
+            if error.errno not in _WAYS_OUT:
+                raise
+            place = error.filename2 or error.filename
+            what = f"{place}: {error.strerror}" if place else error.strerror
+            print(f"error: {what}.\n  {_WAYS_OUT[error.errno]}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR) from None
         except Interrupted as note:
             print(f"interrupted: {note}", file=sys.stderr, flush=True)

@@ -122,15 +122,21 @@ def code_of(stage: str, package: Path = PACKAGE) -> dict[str, Any]:
     declared = _literals(_parse(f"{NAME}.stages.{stage}", package))
     if not isinstance(declared.get("REVISION"), int) or "SCIENCE" not in declared:
         raise ValueError(f"stages/{stage}.py must assign literals to REVISION and SCIENCE")
-    modules = {}
+    modules: dict[str, dict[str, str]] = {}
     waiting = list(declared["SCIENCE"])
     while waiting:
         module = waiting.pop()
         if module not in modules and module not in NOT_SCIENCE:
-            tree = _parse(module, package)
-            modules[module] = _definitions(tree)
-            waiting += _imports(tree, package)
+            modules[module], imported = _module(module, package)
+            waiting += imported
     return {"revision": declared["REVISION"], "modules": dict(sorted(modules.items()))}
+
+
+@functools.cache
+def _module(module: str, package: Path) -> tuple[dict[str, str], list[str]]:
+    """(digests of a module's definitions, modules of this package that it imports)."""
+    tree = _parse(module, package)
+    return _definitions(tree), list(_imports(tree, package))
 
 
 def _module_file(module: str, package: Path) -> Path:
@@ -155,7 +161,7 @@ def _literals(tree: ast.Module) -> dict[str, Any]:
 
 
 def _imports(tree: ast.Module, package: Path) -> Iterator[str]:
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -168,13 +174,22 @@ def _imports(tree: ast.Module, package: Path) -> Iterator[str]:
                 yield name
 
 
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Every statement below a node, without the expressions, which are most of a tree."""
+    for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for inner in getattr(node, block, ()):
+            if isinstance(inner, ast.stmt):
+                yield inner
+            yield from _statements(inner)
+
+
 def _definitions(tree: ast.Module) -> dict[str, str]:
     """Digest of each top-level function and class; under "" everything else, imports sorted."""
     named: dict[str, str] = {}
     imports, rest = [], []
     for node in _without_docstring(tree.body):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            named[node.name] = digest([named.get(node.name), _normalised(node)])
+            named[node.name] = _digest([named.get(node.name), _normalised(node)])
         elif isinstance(node, ast.Import | ast.ImportFrom):
             # One entry a name: neither order nor grouping of imports counts.
             origin = getattr(node, "module", None)
@@ -182,7 +197,12 @@ def _definitions(tree: ast.Module) -> dict[str, str]:
         elif not _is_typing_only(node):
             rest.append(_normalised(node))
     imports = sorted((i for i in imports if i[0] != "__future__"), key=canonical_json)
-    return named | {"": digest([imports, rest])}
+    return named | {"": _digest([imports, rest])}
+
+
+def _digest(value: Any) -> str:
+    """As `digest`, of lists and strings that were made here and need no check."""
+    return hashlib.sha256(json.dumps(value, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
 def _is_typing_only(node: ast.AST) -> bool:

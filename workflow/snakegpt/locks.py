@@ -108,6 +108,8 @@ def _entry(name: str, value: Mapping[str, Any]) -> Entry:
         if not is_inside(path):
             raise ValueError(f"{name}.files: path {path!r} leaves its folder")
     archive = value["archive"] and Archive(**_pin(f"{name}.archive", value["archive"]))
+    if archive and (not is_inside(archive.name) or "/" in archive.name):
+        raise ValueError(f"{name}.archive: name {archive.name!r} leaves its folder")
     if not isinstance(value["source"], dict) or "kind" not in value["source"]:
         raise ValueError(f"{name}.source is no source")
     return Entry(value["source"], files, value["revision"], archive)
@@ -119,6 +121,9 @@ def _pin(where: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"{where}.sha256 = {value['sha256']!r} is not 64 lower-case hex digits")
     if type(value["bytes"]) is not int or value["bytes"] < 0:
         raise ValueError(f"{where}.bytes = {value['bytes']!r} is not a number of bytes")
+    name = "path" if "path" in value else "name"
+    if not isinstance(value[name], str) or value[name].rpartition("/")[2] in ("", ".", ".."):
+        raise ValueError(f"{where}.{name} = {value[name]!r} is no file name")
     return dict(value)
 
 

@@ -260,8 +260,13 @@ def findings(
     best = max(curve, key=lambda row: float(row["busbw_gb_per_s"]))
     return [
         f"Summing all gradients ({gradient_bytes / 1e6:,.1f} MB) takes"
-        f" {whole['time_s'] * 1e3:.3g} ms a step where it does not overlap with the backward pass;"
-        f" the smallest message takes {latency_s * 1e6:.3g} µs.",
-        f"The bus bandwidth is highest, {best['busbw_gb_per_s']:.3g} GB/s, at messages of"
+        f" {_digits(whole['time_s'] * 1e3)} ms a step where it does not overlap with the backward pass;"
+        f" the smallest message takes {_digits(latency_s * 1e6)} µs.",
+        f"The bus bandwidth is highest, {_digits(best['busbw_gb_per_s'])} GB/s, at messages of"
         f" {best['bytes']:,} bytes.",
     ]
+
+
+def _digits(number: float) -> str:
+    """Three significant digits, where `.3g` alone would write 1,310 as 1.31e+03."""
+    return f"{float(f'{number:.3g}'):,g}"

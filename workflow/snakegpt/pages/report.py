@@ -65,6 +65,7 @@ def report_page(evidence: Evidence) -> str:
         "settings_yaml": settings_yaml(evidence.experiment, settings),
         "chain": _chain(evidence),
         "actions": [_action(action) for action in evidence.provenance or ()],
+        "adoptions": [_adoption(a) for a in evidence.provenance or () if "adopted" in a],
         "versions": _versions(evidence),
     }
     return render("report.html.j2", **context)
@@ -280,9 +281,7 @@ def _corpus(evidence: Evidence) -> dict[str, Any]:
     block, files = evidence.settings["corpus"], evidence.corpus["files"]
     source = block.get("source") or {}
     where = {
-        "registry": lambda s: (
-            f"the archive of {s['package']} on the {s['registry']} package registry"
-        ),
+        "registry": lambda s: f"the archive of the package {s['package']}, by {s['registry']}",
         "huggingface": lambda s: f"{s['repo']} on the Hugging Face hub",
         "http": lambda s: ", ".join(s["urls"]),
         "local": lambda s: ", ".join(s["paths"]),
@@ -317,6 +316,12 @@ def _tokens(evidence: Evidence) -> dict[str, Any]:
     ]
     dropped = evidence.tokens.get("dropped") or {}
     remarks = [f"dropped: {count(n, f'{kind} document')}" for kind, n in dropped.items() if n]
+    screening = evidence.tokens.get("screening") or {}
+    if screening.get("n_overlapping") is not None:
+        documents = count(screening["n_documents"], "document")
+        remarks.append(
+            f"{screening['n_overlapping']:,} of {documents} overlap with evaluation texts"
+        )
     replaced = evidence.tokens.get("replaced_bytes")
     if replaced:
         remarks.append(f"replaced by U+FFFD: {count(replaced, 'byte')} of invalid UTF-8")
@@ -328,7 +333,10 @@ def _tokenizer(evidence: Evidence) -> dict[str, Any]:
     found = evidence.tokenizer
     kinds = {
         "gpt2": "OpenAI's GPT-2 byte-pair encoding",
+        "tiktoken": f"OpenAI's {found.get('encoding')} byte-pair encoding",
         "char": "one id per character",
+        "byte": "one id per byte of UTF-8",
+        "bpe": "byte-pair encoding learnt from text",
     }
     padded = evidence.plan.get("n_vocab_padded")
     text = f"{kinds.get(found['kind'], found['kind'])}, {found['n_vocab']:,} ids"
@@ -402,6 +410,10 @@ def _chain(evidence: Evidence) -> list[dict[str, Any]]:
 def _action(action: Mapping[str, Any]) -> dict[str, Any]:
     finished = str(action.get("finished", ""))  # ISO 8601, UTC
     return {**action, "finished": finished[:16].replace("T", " ")}
+
+
+def _adoption(action: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_action(action["adopted"]), "stage": action["stage"], "name": action["name"]}
 
 
 def _versions(evidence: Evidence) -> str:

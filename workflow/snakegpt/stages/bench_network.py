@@ -11,7 +11,6 @@ where that is installed, and the launch environment that follows. By hand:
 from __future__ import annotations
 
 import faulthandler
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from snakegpt import distributed, network
-from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
+from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.model import n_parameters
 from snakegpt.network_interfaces import interface_towards
@@ -56,7 +55,7 @@ def bench_network(
     arguments     this command's own, for the ranks
     raises        UserError if a sum came out wrong: no training on this machine can be trusted then
     """
-    described = json.loads(tokenizer.read_text(encoding="utf-8"))
+    described = read_json(tokenizer, "n_vocab")
     gradient_bytes = 4 * n_parameters(shape_of(model, described["n_vocab"]))
     device = distributed.choose_device(execution.device)
     rows = max(1, batch_tokens // model.context) if batch_tokens else DIVISIBLE_ROWS

@@ -8,28 +8,20 @@ Reads: summary.json of each experiment. Writes: index.html, one UTF-8 file; its 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from snakegpt.command import stage_parser
-from snakegpt.errors import UserError, reports_errors
+from snakegpt.command import read_json, stage_parser
+from snakegpt.errors import reports_errors
 from snakegpt.pages.index import index_page
 from snakegpt.progress import say
 
-REVISION = 1  # bump when templates/ change: tests/test_pages.py tells
+REVISION = 2  # bump when templates/ change: tests/test_pages.py tells
 SCIENCE = ("snakegpt.pages.index",)
 
 
 def build_index(summaries: list[Path], out: Path) -> None:
     """Write index.html to `out`."""
-    found = []
-    for path in summaries:
-        try:
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(f"--summaries {path}: no such file.") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not valid JSON: {error}.") from None
+    found = [read_json(path) for path in summaries]
     (out / "index.html").write_text(index_page(found), encoding="utf-8")
 
 

@@ -1,8 +1,8 @@
 """Encode one part of a corpus: documents to token shards of both splits.
 
 Reads: the raw files of the part, found through corpus.json, and tokenizer.json. Writes:
-train_<part>.bin and val_<part>.bin (uint16, little-endian, after the 1,024-byte header of llm.c) and
-part_<part>.json, which says what they hold. Every document starts with the end-of-text id. By hand:
+train_<part>.bin and val_<part>.bin (uint16, above 65,536 ids uint32, little-endian, after the 1,024-byte
+header of llm.c) and part_<part>.json, which says what they hold. Every document starts with the end-of-text id. By hand:
 
     python -m snakegpt.stages.encode_tokens --corpus results/corpora/shakespeare/corpus.json \\
         --tokenizer results/tokenizers/gpt2/tokenizer.json --out /tmp/tokens \\
@@ -11,116 +11,163 @@ part_<part>.json, which says what they hold. Every document starts with the end-
 
 from __future__ import annotations
 
-import hashlib
-import math
+import base64
+import json
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
-from snakegpt.documents import Counts, TextSettings, read_documents
-from snakegpt.errors import UserError, reports_errors
+from snakegpt.documents import Counts, Document, TextSettings, read_documents
+from snakegpt.engines import Engine, encoder
+from snakegpt.errors import reports_errors
 from snakegpt.progress import Progress, quantity
 from snakegpt.settings import Validation
 from snakegpt.shards import ShardWriter
-from snakegpt.sources import corpora
-from snakegpt.sources.transfers import fingerprint
+from snakegpt.sources.corpora import Source, sources_of
+from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import Tokenizer, load
 
-REVISION = 1
-SCIENCE = ("snakegpt.documents", "snakegpt.tokenizers", "snakegpt.shards")
+WRITE_TOKENS = 1 << 20  # that wait in memory
+REPORT_S = 0.2  # between looks at the clock of the progress line
+
+REVISION = 3  # 3: statistics, byte ranges, filters
+SCIENCE = ("snakegpt.documents", "snakegpt.tokenizers", "snakegpt.shards", "snakegpt.splitting")
 
 
 def encode_tokens(
-    files: list[Path],
+    sources: list[Source],
     tokenizer: Tokenizer,
     text: TextSettings,
-    validation: Validation,
+    splitter: Splitter,
     part: str,
     out: Path,
     progress: Progress,
+    *,
+    engine: Engine = "auto",
+    dropped: Mapping[str, Mapping[str, list[int]]] | None = None,
 ) -> None:
     """Write the shards of a part and its description to `out`.
 
-    files     raw files, in the order of the lock
+    sources   raw files, or byte ranges of them, in the order of the lock
+    dropped   name of a source -> reason -> numbers of its documents that are left out
     progress  counts raw bytes
     """
     counts = Counts()
-    totals = {
-        split: {"n_documents": 0, "n_text_bytes": 0, "n_characters": 0}
-        for split in ("train", "val")
-    }
+    encode = encoder(tokenizer, engine)
     started, done = time.monotonic(), 0
+    reported = started
+    kind = tokenizer.fingerprint, tokenizer.n_vocab
     with (
-        ShardWriter(out / f"train_{part}.bin", tokenizer.fingerprint) as train,
-        ShardWriter(out / f"val_{part}.bin", tokenizer.fingerprint) as val,
+        ShardWriter(out / f"train_{part}.bin", *kind) as train,
+        ShardWriter(out / f"val_{part}.bin", *kind) as val,
     ):
-        writers = {"train": train, "val": val}
+        splits = {
+            "train": _Split(train, tokenizer.n_vocab, tokenizer.end_of_text),
+            "val": _Split(val, tokenizer.n_vocab, tokenizer.end_of_text),
+        }
 
         def report(done: int) -> None:
-            seconds = time.monotonic() - started + 1e-9
+            nonlocal reported
+            now = time.monotonic()
+            if now - reported < REPORT_S and done < progress.total:
+                return
+            reported = now
+            seconds = now - started + 1e-9
             n_tokens = train.n_tokens + val.n_tokens
             progress.update(
                 done, quantity(done / seconds, "B/s"), quantity(n_tokens / seconds, " tokens/s")
             )
 
-        for path in files:
-            size = path.stat().st_size
-            text_before = sum(total["n_text_bytes"] for total in totals.values())
-            for document in read_documents(path, text, counts):
-                for split, piece in split_document(document, validation):
-                    writers[split].add([tokenizer.end_of_text, *tokenizer.encode(piece)])
-                    totals[split]["n_documents"] += 1
-                    totals[split]["n_text_bytes"] += len(piece.encode("utf-8"))
-                    totals[split]["n_characters"] += len(piece)
+        for source in sources:
+            reasons = _reasons((dropped or {}).get(source.name, {}))
+            read = 0
+            documents = read_documents(source.path, text, counts, span=source.span, scratch=out)
+            for number, document in enumerate(documents):
                 # Text read so far stands for the place in the file, which is compressed perhaps.
-                here = sum(total["n_text_bytes"] for total in totals.values()) - text_before
-                report(done + min(here, size - 1))
-            done += size
+                read += document.n_bytes
+                if number in reasons:
+                    counts.dropped[reasons[number]] += 1
+                    continue
+                for split, start, stop in splitter.divide(document, source.file):
+                    splits[split].add(document, start, stop, encode)
+                report(done + min(read, source.n_bytes - 1))
+            done += source.n_bytes
             report(done)
+        for filled in splits.values():
+            filled.flush()
     description = {
         "tokenizer": describe(tokenizer),
-        "splits": {
-            split: {"shard": asdict(writer.shard), **totals[split]}
-            for split, writer in writers.items()
-        },
+        "splits": {name: split.description() for name, split in splits.items()},
         "dropped": dict(counts.dropped),
         "replaced_bytes": counts.replaced_bytes,
     }
     write_json(out / f"part_{part}.json", description)
 
 
-def split_document(document: str, validation: Validation) -> Iterator[tuple[str, str]]:
-    """The pieces of a document and the split each belongs to; no piece is empty.
-
-    document   the whole text goes by its own hash: independent of order and parts, and exact
-               duplicates stay on one side
-    position   the first characters to train, the rest to val
-    """
-    if validation.by == "document":
-        digest = hashlib.blake2b(document.encode("utf-8"), digest_size=8).digest()
-        is_val = int.from_bytes(digest, "big") < validation.fraction * 2**64
-        yield ("val" if is_val else "train"), document
-        return
-    # As nanoGPT cuts, int(n x 0.9); 1 - 0.1 is 0.9 exactly as Python reads it.
-    n_train = math.floor(len(document) * (1 - validation.fraction))
-    for split, piece in (("train", document[:n_train]), ("val", document[n_train:])):
-        if piece:
-            yield split, piece
+def _reasons(dropped: Mapping[str, list[int]]) -> dict[int, str]:
+    return {number: reason for reason, numbers in dropped.items() for number in numbers}
 
 
-def check_raw(path: Path, file: Mapping[str, Any]) -> None:
-    """Stop unless a raw file still is the locked one; hashing costs 1 % of encoding."""
-    sha256, n_bytes = fingerprint(path)
-    if (sha256, n_bytes) != (file["sha256"], file["bytes"]):
-        raise UserError(
-            f"{path} is not the file that was locked.\n"
-            f"  expected: sha256 {file['sha256']}, {file['bytes']:,} bytes\n"
-            f"  found:    sha256 {sha256}, {n_bytes:,} bytes\n"
-            "  it was damaged or changed: fetch the corpus again: snakemake --forcerun fetch_corpus"
-        )
+class _Split:
+    """The shard of a split and what is counted of it."""
+
+    def __init__(self, writer: ShardWriter, n_vocab: int, end_of_text: int) -> None:
+        self._writer = writer
+        self._end_of_text = np.array([end_of_text], np.uint32)
+        self._counts = np.zeros(n_vocab, np.int64)
+        self._waiting: list[NDArray[Any]] = []
+        self._n_waiting = 0
+        self._lengths: Counter[int] = Counter()
+        self._n_documents = self._n_text_bytes = self._n_characters = 0
+
+    def add(self, document: Document, start: int, stop: int, encode: Callable[[str], Any]) -> None:
+        """The characters from `start` to `stop` of a document, as one document of this split."""
+        n_tokens, whole = 1, stop - start == document.n_characters
+        self._n_text_bytes += document.n_bytes if whole else 0
+        self._write(self._end_of_text)
+        for piece in document.pieces(start, stop):
+            ids = encode(piece)
+            self._write(ids)
+            n_tokens += len(ids)
+            if not whole:
+                self._n_text_bytes += len(piece.encode("utf-8"))
+        self._n_characters += stop - start
+        self._n_documents += 1
+        self._lengths[n_tokens.bit_length()] += 1
+
+    def _write(self, ids: NDArray[Any]) -> None:
+        self._waiting.append(ids)
+        self._n_waiting += len(ids)
+        if self._n_waiting >= WRITE_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Give the shard what waits."""
+        if self._waiting:
+            ids = np.concatenate(self._waiting)
+            self._writer.add(ids)
+            self._counts += np.bincount(ids, minlength=len(self._counts))
+            self._waiting, self._n_waiting = [], 0
+
+    def description(self) -> dict[str, Any]:
+        """Shard, totals, lengths by power of two, and how often each id occurs."""
+        counts = zlib.compress(self._counts.astype("<i8").tobytes())
+        return {
+            "shard": asdict(self._writer.shard),
+            "n_documents": self._n_documents,
+            "n_text_bytes": self._n_text_bytes,
+            "n_characters": self._n_characters,
+            "lengths": {str(1 << (bits - 1)): n for bits, n in sorted(self._lengths.items())},
+            "id_counts": base64.b64encode(counts).decode("ascii"),
+        }
 
 
 def describe(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -131,25 +178,27 @@ def describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    roles = {"corpus": "corpus.json, its files beside it", "tokenizer": "tokenizer.json"}
+    roles = {
+        "corpus": "corpus.json, its files beside it",
+        "tokenizer": "tokenizer.json",
+        "drops": "drops.json of screen_documents; none: nothing is left out",
+    }
     args = stage_parser(__doc__, roles).parse_args(argv)
     how = how_to_run(args, "encode_tokens")
-    corpus = only_path(args.corpus, "corpus")
-    wanted = args.settings.get("files")
-    paths = [file["path"] for file in wanted] if wanted is not None else None
-    files = corpora.raw_files(corpus, paths)
-    for path, file in zip(files, wanted or (), strict=wanted is not None):
-        check_raw(path, file)
-    n_bytes = sum(path.stat().st_size for path in files)
+    sources = sources_of(only_path(args.corpus, "corpus"), args.settings.get("files"))
+    n_bytes = sum(source.n_bytes for source in sources)
+    drops = only_path(args.drops, "drops") if args.drops else None
     args.out.mkdir(parents=True, exist_ok=True)
     encode_tokens(
-        files,
+        sources,
         load(only_path(args.tokenizer, "tokenizer")),
-        TextSettings(**args.settings.get("text", {})),
-        block(Validation, args.settings.get("validation"), "validation"),
+        block(TextSettings, args.settings.get("text"), "text"),
+        Splitter(block(Validation, args.settings.get("validation"), "validation")),
         args.settings.get("part", "000000"),
         args.out,
         Progress(how.label, n_bytes, "bytes", interval_s=how.settings.log_interval_s),
+        engine=how.settings.engine,
+        dropped=json.loads(drops.read_text(encoding="utf-8"))["dropped"] if drops else None,
     )
 
 

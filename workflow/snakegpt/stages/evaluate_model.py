@@ -14,14 +14,13 @@ bits_per_byte. By hand:
 from __future__ import annotations
 
 import filecmp
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
+from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser, write_json
 from snakegpt.distributed import choose_device, keep_freed_memory
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.evaluation import Score, evaluate
@@ -58,7 +57,7 @@ def evaluate_model(
 
     raises  UserError if model, tokens and tokenizer do not belong together
     """
-    described = json.loads(config.read_text(encoding="utf-8"))
+    described = read_json(config, "snakegpt")
     manifest = read_manifest(tokens)
     loaded = load_tokenizer(tokenizer)
     fingerprint = described["snakegpt"]["tokenizer_fingerprint"]

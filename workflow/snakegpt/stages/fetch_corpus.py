@@ -2,7 +2,8 @@
 
 Reads: the files' source. Writes: corpus.json (path, sha256 and bytes of each file, in lock order) and
 the raw files below files/. A corpus that is not locked yet is locked first, and then this stops: what
-was found is to be looked at and committed. By hand:
+was found is to be looked at and committed. The state folder keeps finished files and the beginnings of
+others, so that a killed fetch asks for the rest alone. By hand:
 
     python -m snakegpt.stages.fetch_corpus --out /tmp/corpus \\
         --settings '{"files": [{"path": "a.txt", "sha256": "...", "bytes": 3}]}' \\
@@ -11,6 +12,7 @@ was found is to be looked at and committed. By hand:
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ SCIENCE = ()  # the lock decides the bytes
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    args = stage_parser(__doc__).parse_args(argv)
+    args = stage_parser(__doc__, state=True).parse_args(argv)
     extras = ("corpus", "source", "archive", "revision", "lock_file")
     how = how_to_run(args, "fetch_corpus", *extras)
     name = how.extras["corpus"] or "unnamed"
@@ -38,10 +40,15 @@ def main(argv: list[str] | None = None) -> None:
         source: Any = TypeAdapter(Source).validate_python(how.extras["source"])
     except ValidationError as error:
         raise UserError(f"source: {error}") from None
-    workers, interval_s = how.settings.download_workers, how.settings.log_interval_s
+    pace: dict[str, Any] = {
+        "workers": how.settings.download_workers,
+        "interval_s": how.settings.log_interval_s,
+        "rate": how.settings.download_rate,
+        "label": how.label,
+    }
     if args.settings.get("files") is None:
         lock_file = Path(how.extras["lock_file"] or "corpora.lock.json")
-        entry = kinds.lock(name, source, workers=workers, label=how.label, interval_s=interval_s)
+        entry = kinds.lock(name, source, before=locks.read(lock_file).get(name), **pace)
         locks.put(lock_file, {name: entry})
         raise UserError(
             f"corpus {name} is now locked: {len(entry.files):,} files, {quantity(entry.n_bytes, 'B')},"
@@ -55,10 +62,13 @@ def main(argv: list[str] | None = None) -> None:
         locks.Archive(**archive) if archive else None,
     )
     files = args.out / "files"
-    kinds.fetch(name, source, entry, files, workers=workers, label=how.label, interval_s=interval_s)
+    state = args.state or args.out / ".state"
+    kinds.fetch(name, source, entry, files, state, **pace)
     for file in entry.files:
         note(files / file.path, file.sha256)  # hashed on the way
     write_json(args.out / "corpus.json", {"files": args.settings["files"]})
+    if args.state is None:
+        shutil.rmtree(state)  # it has served
 
 
 if __name__ == "__main__":

@@ -9,23 +9,32 @@ Reads: part_*.json of all parts, in order. Writes: manifest.json: tokenizer, spl
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from snakegpt.command import stage_parser, write_json
-from snakegpt.errors import UserError, reports_errors
+import numpy as np
 
-REVISION = 1
-SCIENCE = ()
+from snakegpt.command import only_path, stage_parser, write_json
+from snakegpt.errors import UserError, reports_errors
+from snakegpt.shards import token_bytes
+
+REVISION = 2  # 2: statistics
+SCIENCE = ("snakegpt.shards",)
 
 SUMS = ("n_documents", "n_text_bytes", "n_characters")
 
 
-def index_tokens(parts: list[Path]) -> dict[str, Any]:
+MOST_COMMON = 20  # ids that the manifest names
+
+
+def index_tokens(parts: list[Path], drops: Path | None = None) -> dict[str, Any]:
     """The content of manifest.json.
 
+    drops    drops.json of screen_documents, if the corpus was screened
     raises   UserError if the parts are of several tokenizers, or a split has no document
     """
     if not parts:
@@ -46,7 +55,11 @@ def index_tokens(parts: list[Path]) -> dict[str, Any]:
             "n_tokens": sum(part["shard"]["n_tokens"] for part in found),
             "shards": [part["shard"] for part in found if part["shard"]["n_tokens"]],
             **{name: sum(part[name] for part in found) for name in SUMS},
+            "lengths": _lengths(found),
+            "most_common_ids": _most_common(found),
         }
+        n_bytes, n_tokens = splits[split]["n_text_bytes"], splits[split]["n_tokens"]
+        splits[split]["bytes_per_token"] = round(n_bytes / n_tokens, 4) if n_tokens else None
     if not any(split["n_documents"] for split in splits.values()):
         raise UserError("the corpus is empty: none of its files holds a document with text.")
     for split, other in (("train", "lower"), ("val", "raise")):
@@ -59,13 +72,37 @@ def index_tokens(parts: list[Path]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     for content in contents:
         dropped.update(content["dropped"])
+    screening = {}
+    if drops:
+        content = json.loads(drops.read_text(encoding="utf-8"))
+        names = ("n_documents", "n_duplicates", "n_overlapping", "overlaps")
+        screening = {"screening": {name: content[name] for name in names}}
     return {
+        **screening,
         "tokenizer": tokenizer,
-        "dtype": "uint16",
+        "dtype": f"uint{8 * token_bytes(tokenizer['n_vocab'])}",
         "splits": splits,
         "dropped": dict(dropped),
         "replaced_bytes": sum(content["replaced_bytes"] for content in contents),
     }
+
+
+def _lengths(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """Documents by length: the largest power of two that is not above their tokens -> how many."""
+    total: Counter[int] = Counter()
+    for part in parts:
+        total.update({int(length): n for length, n in part["lengths"].items()})
+    return {str(length): n for length, n in sorted(total.items())}
+
+
+def _most_common(parts: list[dict[str, Any]]) -> list[list[int]]:
+    """[id, how often it occurs] of the most common ids, the commonest first."""
+    total = sum(
+        np.frombuffer(zlib.decompress(base64.b64decode(part["id_counts"])), "<i8") for part in parts
+    )
+    counts = np.asarray(total)
+    order = np.argsort(-counts, kind="stable")[:MOST_COMMON]
+    return [[int(index), int(counts[index])] for index in order if counts[index]]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -80,8 +117,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    args = stage_parser(__doc__, {"parts": "part_*.json of all parts, in order"}).parse_args(argv)
-    manifest = index_tokens(args.parts)
+    roles = {"parts": "part_*.json of all parts, in order", "drops": "drops.json, if there is one"}
+    args = stage_parser(__doc__, roles).parse_args(argv)
+    manifest = index_tokens(args.parts, only_path(args.drops, "drops") if args.drops else None)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "manifest.json", manifest)
 

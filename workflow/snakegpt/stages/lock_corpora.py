@@ -5,6 +5,7 @@
     python -m snakegpt.stages.lock_corpora --update mine    take the source as it is now
 
 A corpus whose source gives other bytes than were locked is an error that shows both, unless --update.
+A hub repository without a revision stays at the commit it was locked at; --update takes the newest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from snakegpt import locks
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.progress import quantity, say
-from snakegpt.settings import CharTokenizer, Settings, load_files
+from snakegpt.settings import Settings, load_files
 from snakegpt.sources import kinds
 
 REVISION = 1
@@ -25,13 +26,13 @@ SCIENCE = ()
 
 def corpora_in_use(settings: Settings) -> list[str]:
     """The corpora that the default experiments read, also through their tokenizers."""
-    names = []
+    names: list[str | None] = []
     for experiment in (settings.experiments[name] for name in settings.default_experiments):
         names.append(experiment.corpus)
-        tokenizer = settings.tokenizers[experiment.tokenizer]
-        if isinstance(tokenizer, CharTokenizer):
-            names.append(tokenizer.corpus)
-    return list(dict.fromkeys(names))
+        names.append(getattr(settings.tokenizers[experiment.tokenizer], "corpus", None))
+        screened = settings.corpus(experiment.corpus).decontaminate
+        names += screened.against if screened else []
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def lock_corpora(settings: Settings, lock_file: Path, names: list[str], *, update: bool) -> None:
@@ -48,7 +49,13 @@ def lock_corpora(settings: Settings, lock_file: Path, names: list[str], *, updat
                 f"{name}  its source has changed: {locks.changes(old, source.model_dump(mode='json'))}"
             )
         new = kinds.lock(
-            name, source, workers=settings.execution.download_workers, label=f"lock_corpora {name}"
+            name,
+            source,
+            workers=settings.execution.download_workers,
+            label=f"lock_corpora {name}",
+            interval_s=settings.execution.log_interval_s,
+            rate=settings.execution.download_rate,
+            before=None if update else old,
         )
         drift = locks.drift(old, new) if old and same_source else []
         if drift and not update:

@@ -10,7 +10,6 @@ By hand:
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import psutil
 import torch
 
 from snakegpt import distributed, planning
-from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
+from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.model import Shape
 from snakegpt.placement import choose_passes, shape_of
@@ -47,7 +46,7 @@ def plan_training(
     corpus_bytes  raw size of the corpus; None while it is not locked
     raises        UserError if settings and machine do not fit each other, or the disk is too small
     """
-    described = json.loads(tokenizer.read_text(encoding="utf-8"))
+    described = read_json(tokenizer, "n_vocab", "kind")
     shape = shape_of(model, described["n_vocab"])
     placement = _place(model, training, execution, shape, threads)
     torch.set_num_threads(placement.threads * placement.ranks)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from snakegpt.command import block, how_to_run, only_path, stage_parser
+from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser
 from snakegpt.distributed import choose_device
 from snakegpt.errors import reports_errors
 from snakegpt.huggingface_format import load_model
@@ -50,7 +50,7 @@ def sample_text(
 
     raises  UserError if model and tokenizer do not belong together, or a prompt cannot be encoded
     """
-    described = json.loads(config.read_text(encoding="utf-8"))
+    described = read_json(config, "snakegpt")
     loaded = load_tokenizer(tokenizer)
     fingerprint = described["snakegpt"]["tokenizer_fingerprint"]
     require_same_tokenizer(fingerprint, str(config), loaded.fingerprint, str(tokenizer))

@@ -1,7 +1,10 @@
-"""Questions about the store.
+"""Questions about the store, and ways in and out of it.
 
 python -m snakegpt.store why results/models/gpt2/weights.safetensors
 python -m snakegpt.store why train_gpt2 --config scale=full
+python -m snakegpt.store pull train_gpt2
+python -m snakegpt.store export train_gpt2 gpt2.tar --without fetch_corpus,encode_tokens
+python -m snakegpt.store import gpt2.tar
 """
 
 from __future__ import annotations
@@ -9,15 +12,10 @@ from __future__ import annotations
 import argparse
 
 from snakegpt.errors import reports_errors
-from snakegpt.store import explain, gc, pins, verify
+from snakegpt.store import adopt, archive, diff, gc, pins, sharing, show, verify, why
 
 # Each adds its subparser, whose `run` is called with the arguments.
-COMMANDS = (
-    explain,
-    verify,
-    gc,
-    pins,
-)
+COMMANDS = (why, show, diff, adopt, verify, gc, pins, sharing, archive)
 
 
 @reports_errors

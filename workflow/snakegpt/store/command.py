@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from snakegpt.errors import UserError
+from snakegpt.errors import UserError, nearest
 from snakegpt.locks import read as read_locks
-from snakegpt.pipeline import TARGETS, Pipeline, Request
+from snakegpt.pipeline import OUTPUTS, TARGETS, Pipeline, Request
 from snakegpt.settings import load_files
+from snakegpt.store.links import maker
 from snakegpt.store.objects import Store
+from snakegpt.store.provenance import chain
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -35,19 +41,42 @@ def store_of(pipeline: Pipeline) -> Store:
 
 
 def requested(pipeline: Pipeline, target: str) -> Request:
-    """The request behind a file in results/ or a target such as train_gpt2.
+    """The request behind a file in results/ or a target such as train_gpt2 or all.
 
     raises   UserError for anything else
     """
     prefix, _, name = target.partition("_")
     path = TARGETS[prefix].format(experiment=name) if prefix in TARGETS else target
-    request = pipeline.find(path)
+    if target == "all":
+        path = OUTPUTS["build_index"][0]
+    path = os.path.relpath(path)
+    request = pipeline.find(path) or _beside(pipeline, Path(path))
     if request is None:
         raise UserError(
             f"'{target}' is no result of this pipeline.\n"
             "  name a file below results/ or a target such as train_gpt2"
         )
     return request
+
+
+def _beside(pipeline: Pipeline, path: Path) -> Request | None:
+    """The request behind a file that is published beside those the rules name."""
+    record = maker(path)
+    for parent in path.parents if record else ():
+        for name in record["outputs"] if record else ():
+            request = pipeline.find((parent / name).as_posix())
+            if request:
+                return request
+    return None
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """For people, on standard output; who reads it may stop at any line, as `head` does."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        # Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def age_s(text: str) -> float:
@@ -60,7 +89,7 @@ def age_s(text: str) -> float:
 
 def print_json(value: Any) -> None:
     """For programs: one indented JSON value on standard output."""
-    print(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False))
+    print_lines([json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)])
 
 
 def _overrides(pairs: list[str]) -> dict[str, Any]:
@@ -71,3 +100,33 @@ def _overrides(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"--config wants NAME=VALUE, found '{pair}'.")
         values[key] = yaml.safe_load(value)
     return values
+
+
+def add_without(parser: argparse.ArgumentParser) -> None:
+    """The flag that leaves stages out, as `args.without`."""
+    parser.add_argument(
+        "--without",
+        type=_stages,
+        default=frozenset(),
+        metavar="STAGE,...",
+        help="stages whose objects are left out, such as fetch_corpus,encode_tokens",
+    )
+
+
+def _stages(text: str) -> frozenset[str]:
+    stages = frozenset(filter(None, text.split(",")))
+    for stage in sorted(stages - OUTPUTS.keys()):
+        raise UserError(f"--without: unknown stage '{stage}'.{nearest(stage, OUTPUTS)}")
+    return stages
+
+
+def chain_behind(store: Store, pipeline: Pipeline, targets: list[str]) -> list[dict[str, Any]]:
+    """The records behind what results/ shows of some targets, with all they follow from; sources first.
+
+    raises   UserError if a target is no result or is not there
+    """
+    paths = [Path(requested(pipeline, target).outputs[0]) for target in targets]
+    for target, path in zip(targets, paths, strict=True):
+        if maker(path) is None:
+            raise UserError(f"'{target}' has not been made yet.\n  make it: snakemake {target}")
+    return chain(store, paths)

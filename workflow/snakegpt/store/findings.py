@@ -54,7 +54,8 @@ class Report:
 
     skipped   objects that were read lately enough
     unnamed   objects that no record names and nobody asked to check
-    gone      objects that only actions without a result or pin name, and that are not there: `gc` ran
+    let_go    objects that are not there and that no result and no pin needs: `gc` took them, or an
+              import left them out
     """
 
     metadata: bool
@@ -63,7 +64,7 @@ class Report:
     checked_bytes: int = 0
     skipped: int = 0
     unnamed: int = 0
-    gone: int = 0
+    let_go: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     def found(self, kind: Kind, name: str, problem: str) -> Finding:
@@ -84,7 +85,7 @@ class Report:
         facts = [f"{self.records:,} records, {self.checked:,} objects {how} ({size})"]
         facts += [f"{self.skipped:,} read lately"] if self.skipped else []
         facts += [f"{self.unnamed:,} without a record (--all)"] if self.unnamed else []
-        facts += [f"{self.gone:,} gone that no result needs"] if self.gone else []
+        facts += [f"{self.let_go:,} let go"] if self.let_go else []
         kinds = {finding.kind for finding in self.findings}
         lines.append(f"{', '.join(facts)}: {len(self.findings) or 'nothing'} found")
         if kinds & {"damaged", "missing"}:
@@ -136,7 +137,7 @@ class _Naming:
                 self._name_action(key, shown_keys)
         if self.faults.missing or self.report.findings:
             self._name_results()
-        self.report.gone = len(self.faults.missing - self.faults.bad.keys())
+        self.report.let_go = len(self.faults.missing - self.faults.bad.keys())
         for finding in self.report.findings:
             finding.actions.sort()
             finding.results.sort()
@@ -176,7 +177,7 @@ class _Naming:
         """Add an action to what was found of its objects.
 
         What is missing of actions that no result and no pin leads to is nobody's loss: `gc` keeps the
-        records of what results were made from, and not the objects.
+        records of what results were made from, and not the objects; so may an import.
         """
         record = self.store.record_of(key)
         if record is None:

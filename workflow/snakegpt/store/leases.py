@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import socket
@@ -184,7 +185,10 @@ class _Observer:
         self._since = time.monotonic()
 
     def is_dead(self, path: Path, owner: Any) -> bool:
-        sign = (owner, path.stat().st_mtime_ns if path.exists() else None)
+        try:
+            sign = (owner, path.stat().st_mtime_ns)
+        except FileNotFoundError:  # given back this moment
+            return False
         if sign != self._seen:
             self._seen, self._since = sign, time.monotonic()
         return time.monotonic() - self._since > DEAD_AFTER_S
@@ -195,7 +199,9 @@ def _take(path: Path, descriptor: int | None, observer: _Observer) -> Lease | No
     owner = uuid.uuid4().hex
     # A time for people and for `gc`; nothing here compares it.
     content = {"owner": owner, "pid": os.getpid(), "machine": machine(), "since": time.time()}
-    if _create(path, json.dumps(content)):
+    # Who holds the flock is alone on this machine, so that what a kill leaves aside is used again.
+    aside = path.with_name(f".{path.name}.{owner if descriptor is None else _short(machine())}")
+    if _create(path, aside, json.dumps(content)):
         return Lease(path, owner, descriptor)
     found = _read(path)
     if found is None:  # given back meanwhile, or half-written by a filesystem without links
@@ -205,13 +211,14 @@ def _take(path: Path, descriptor: int | None, observer: _Observer) -> Lease | No
         dead = descriptor is not None or not _runs(found.get("pid"))
     else:
         dead = observer.is_dead(path, found.get("owner"))
-    if dead and _remove(path, found and found.get("owner")) and _create(path, json.dumps(content)):
+    gone = dead and _remove(path, aside, found and found.get("owner"))
+    if gone and _create(path, aside, json.dumps(content)):
         return Lease(path, owner, descriptor)
     return None
 
 
-def _create(path: Path, content: str) -> bool:
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def _create(path: Path, aside: Path, content: str) -> bool:
+    aside.unlink(missing_ok=True)
     try:
         aside.write_text(content, encoding="utf-8")
         try:
@@ -232,9 +239,8 @@ def _create(path: Path, content: str) -> bool:
         aside.unlink(missing_ok=True)
 
 
-def _remove(path: Path, owner: Any) -> bool:
+def _remove(path: Path, aside: Path, owner: Any) -> bool:
     """Take a dead owner's lease away, and no other: somebody may have been faster."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         os.rename(path, aside)
     except FileNotFoundError:
@@ -280,6 +286,10 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _runs(pid: Any) -> bool:

@@ -3,7 +3,8 @@
     results/models/gpt2/weights.safetensors              -> ../../../store/objects/ab/ab12...
     results/.actions/models/gpt2/weights.safetensors.json -> the record of the action that made it
 
-Symbolic links, unless the setting store.link or the filesystem wants hard links, reflinks or copies.
+Symbolic links, unless the setting store.link or the filesystem wants hard links, reflinks or copies;
+pages for browsers are copies.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from typing import Any
 from snakegpt.artefacts import Note
 from snakegpt.errors import UserError
 from snakegpt.identity import file_digest
-from snakegpt.store.objects import Entry, Store, read_record
+from snakegpt.store.objects import Entry, LinkMode, Store, read_record
 
 RESULTS = Path("results")
 ACTIONS = ".actions"  # below results/
@@ -65,7 +67,7 @@ def link(store: Store, record: Mapping[str, Any], folder: Path, results: Path = 
 
     Links are always renewed, so that Snakemake sees an output that is younger than its inputs.
 
-    raises   UserError if something that is no result stands in the way or results/ cannot be written
+    raises   UserError if a folder stands where a file is to be, or the other way round
     """
     outputs = record["outputs"]
     before = next((r for name in outputs if (r := maker(folder / name, results))), None)
@@ -82,11 +84,11 @@ def link(store: Store, record: Mapping[str, Any], folder: Path, results: Path = 
         for entry in store.entries(outputs):
             _show(store, entry, folder / entry.path, results)
         for name in outputs:
-            _point(pointer(folder / name, results), store.action_path(record["key"]))
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+            _point(pointer(folder / name, results), store.action_path(record["key"]), results)
+    except (IsADirectoryError, NotADirectoryError) as error:
         raise UserError(
             f"{error.filename2 or error.filename} cannot be made: {error.strerror}.\n"
-            "  move away what stands there, or make it yours; results/ is for the pipeline to write"
+            "  move away what stands there; results/ is for the pipeline to write"
         ) from None
     register(store, results)
 
@@ -97,18 +99,23 @@ def link(store: Store, record: Mapping[str, Any], folder: Path, results: Path = 
 def _show(store: Store, entry: Entry, path: Path, results: Path) -> None:
     target = store.object_path(entry.sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ways: list[Callable[[Path, Path, int], None]] = _WAYS[store.link_mode]
+    aside = _aside(results)
+    ways = _WAYS[store.link_mode]
+    if store.link_mode == "auto" and path.suffix == ".html":
+        # Browsers follow symbolic links, and show what has no .html in its name as source.
+        ways = [_reflink, _copy]
     for way in ways:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.unlink(missing_ok=True)
         try:
-            way(target, aside, entry.mode)
+            way(target, path, aside, entry.mode)
         except OSError:
             aside.unlink(missing_ok=True)
             if way is ways[-1]:
                 raise
             continue
         os.replace(aside, path)
+        aside.unlink(
+            missing_ok=True
+        )  # renaming one hard link onto another of the same file does nothing
         stamp = _stamp(path, results)
         if path.is_symlink():
             stamp.unlink(missing_ok=True)
@@ -120,27 +127,36 @@ def _show(store: Store, entry: Entry, path: Path, results: Path) -> None:
         return
 
 
-def _symlink(target: Path, link: Path, _mode: int) -> None:
-    link.symlink_to(os.path.relpath(os.path.realpath(target), os.path.realpath(link.parent)))
+def _aside(results: Path) -> Path:
+    """Where this process makes links before it gives them their names; a kill leaves one at most."""
+    folder = results / ACTIONS
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{socket.gethostname()}.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    return aside
 
 
-def _hardlink(target: Path, link: Path, _mode: int) -> None:
-    os.link(target, link)
-    os.utime(link)  # of the object as well: a hard link has no time of its own
+def _symlink(target: Path, path: Path, aside: Path, _mode: int) -> None:
+    aside.symlink_to(os.path.relpath(os.path.realpath(target), os.path.realpath(path.parent)))
 
 
-def _reflink(target: Path, link: Path, mode: int) -> None:
-    with target.open("rb") as source, link.open("wb") as sink:
+def _hardlink(target: Path, _path: Path, aside: Path, _mode: int) -> None:
+    os.link(target, aside)
+    os.utime(aside)  # of the object as well: a hard link has no time of its own
+
+
+def _reflink(target: Path, _path: Path, aside: Path, mode: int) -> None:
+    with target.open("rb") as source, aside.open("wb") as sink:
         fcntl.ioctl(sink, 0x40049409, source.fileno())  # FICLONE of linux/fs.h: shares the blocks
-    link.chmod(mode | 0o200)
+    aside.chmod(mode | 0o200)
 
 
-def _copy(target: Path, link: Path, mode: int) -> None:
-    shutil.copyfile(target, link)
-    link.chmod(mode | 0o200)  # what is written to a copy or a reflink never reaches the object
+def _copy(target: Path, _path: Path, aside: Path, mode: int) -> None:
+    shutil.copyfile(target, aside)
+    aside.chmod(mode | 0o200)  # what is written to a copy or a reflink never reaches the object
 
 
-_WAYS: dict[str, list[Callable[[Path, Path, int], None]]] = {
+_WAYS: dict[LinkMode, list[Callable[[Path, Path, Path, int], None]]] = {
     "auto": [_symlink, _hardlink, _reflink, _copy],
     "symlink": [_symlink],
     "hardlink": [_hardlink],
@@ -155,12 +171,11 @@ def _stamp(path: Path, results: Path) -> Path:
     return results / ACTIONS / relative.parent / f"{relative.name}.digest"
 
 
-def _point(link: Path, target: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    aside = link.with_name(f".{link.name}.{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    _symlink(target, aside, 0)
-    os.replace(aside, link)
+def _point(path: Path, target: Path, results: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(results)
+    _symlink(target, path, aside, 0)
+    os.replace(aside, path)
 
 
 def _remove(path: Path) -> None:
@@ -172,6 +187,17 @@ def _remove(path: Path) -> None:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def _dangling(folder: str) -> Iterator[str]:
+    """Symbolic links to nothing below a folder, pointers left out; quick with many thousand links."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                if not os.path.exists(entry.path):
+                    yield entry.path
+            elif entry.is_dir() and entry.name != ACTIONS:
+                yield from _dangling(entry.path)
 
 
 # ---- which results use a store -----------------------------------------------------------------
@@ -207,9 +233,7 @@ def mend(store: Store, results: Path = RESULTS) -> int:
     raises   UserError if there is no store at all where they point: it was moved perhaps, and
              rebuilding everything is not what anybody wants
     """
-    if not results.is_dir():
-        return 0
-    broken = [path for path in _files(results) if path.is_symlink() and not path.exists()]
+    broken = [Path(path) for path in _dangling(str(results))]
     if broken and not (store.root / "objects").is_dir():
         raise UserError(
             f"{len(broken):,} results point into a store that is gone; {store.root} is none.\n"

@@ -171,7 +171,7 @@ class Store:
             self._publish_file(path, path.relative_to(folder).as_posix(), notes) for path in files
         ]
         listing = canonical_json({"entries": [dataclasses.asdict(entry) for entry in entries]})
-        sha256 = self.put(listing)
+        sha256 = self.put(listing, folder / ".listing")
         total = sum(entry.bytes for entry in entries)
         return {
             "sha256": sha256,
@@ -210,13 +210,21 @@ class Store:
         for parent in {self.object_path(s).parent for s, _ in self.objects_of(outputs)}:
             sync(parent)
 
-    def put(self, content: bytes) -> str:
-        """Store bytes that are no file yet; returns their sha256."""
+    def put(self, content: bytes, aside: Path | None = None) -> str:
+        """Store bytes that are no file yet; returns their sha256.
+
+        aside  where to write them first; a place that the next run of the action cleans up
+        """
         entry = Entry("", 0o444, hashlib.sha256(content).hexdigest(), len(content))
-        aside = self.root / "tmp" / f"object-{uuid.uuid4().hex}"
+        aside = aside or self.root / "tmp" / f"object-{uuid.uuid4().hex}"
         aside.write_bytes(content)
         self._move_in(aside, entry)
         return entry.sha256
+
+    def take_in(self, path: Path, sha256: str, n_bytes: int) -> None:
+        """Move a file of this filesystem into the store that was hashed while it was written."""
+        self._move_in(path, Entry("", 0o444, sha256, n_bytes))
+        sync(self.object_path(sha256).parent)
 
     def record(self, key: str, record: Mapping[str, Any]) -> None:
         """Write an action's record; from here on its outputs are found by look-up."""
@@ -239,7 +247,10 @@ class Store:
         parent = self.root / "tmp"
         parent.mkdir(parents=True, exist_ok=True)
         for left_by_a_crash in parent.glob(f"{key}-*"):  # the caller holds the claim
-            shutil.rmtree(left_by_a_crash, ignore_errors=True)
+            if left_by_a_crash.is_dir():
+                shutil.rmtree(left_by_a_crash, ignore_errors=True)
+            else:
+                left_by_a_crash.unlink(missing_ok=True)
         folder = parent / f"{key}-{os.getpid()}"
         folder.mkdir()
         try:
@@ -250,15 +261,15 @@ class Store:
     def make(self) -> None:
         """Create the store's folders if need be.
 
-        raises   UserError if that is not possible
+        raises   UserError if something else stands there; OSError as usual
         """
         try:
             for folder in ("objects", "actions", "state", "tmp", "locks", "roots"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (FileExistsError, NotADirectoryError) as error:
             raise UserError(
-                f"the store {self.root} cannot be written: {error.strerror}.\n"
-                "  set store.path in config.yaml or SNAKEGPT_STORE to a folder you can write"
+                f"the store {self.root} cannot be made: {error.filename}: {error.strerror}.\n"
+                "  set store.path in config.yaml or SNAKEGPT_STORE to a folder"
             ) from None
 
 

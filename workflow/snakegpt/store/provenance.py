@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from snakegpt.store.links import maker
+from snakegpt.store.links import RESULTS, maker
 from snakegpt.store.objects import Store
 
 # Libraries whose version can change a stage's bytes: recorded with every action, for people.
 LIBRARIES = ("torch", "numpy", "tiktoken", "transformers", "safetensors", "pyarrow", "snakemake")
 
 
-def gather(store: Store, wall_s: float) -> dict[str, Any]:
+def gather(store: Store, key: str, wall_s: float) -> dict[str, Any]:
     """What an action's record says of the run that is ending."""
     return {
         **who_and_when(),
@@ -27,7 +27,7 @@ def gather(store: Store, wall_s: float) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **_versions()},
-        **_git(store),
+        **_git(store, key),
     }
 
 
@@ -51,7 +51,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(store: Store) -> dict[str, Any]:
+def _git(store: Store, key: str) -> dict[str, Any]:
     """Commit of the code, and the object that holds what was changed since, if anything was."""
 
     def git(*arguments: str) -> bytes | None:
@@ -69,7 +69,10 @@ def _git(store: Store) -> dict[str, Any]:
     diff = git("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff") or b""
     found: dict[str, Any] = {"git_commit": commit.decode().strip(), "dirty": bool(diff)}
     if diff:
-        found["diff"] = {"sha256": store.put(diff), "bytes": len(diff)}
+        found["diff"] = {
+            "sha256": store.put(diff, store.root / "tmp" / f"{key}-diff"),
+            "bytes": len(diff),
+        }
     return found
 
 
@@ -85,21 +88,65 @@ def objects_named(store: Store, record: Mapping[str, Any]) -> list[tuple[str, in
     return objects
 
 
-def chain(store: Store, paths: Iterable[Path]) -> list[dict[str, Any]]:
+def chain(store: Store, paths: Iterable[Path], results: Path = RESULTS) -> list[dict[str, Any]]:
     """The records of the actions that made some results, and their inputs, upward; sources first."""
+    return chain_of(store, (maker(path, results) for path in paths), results)
+
+
+def chain_of(
+    store: Store, records: Iterable[dict[str, Any] | None], results: Path = RESULTS
+) -> list[dict[str, Any]]:
+    """Some records and those of the actions that made their inputs, upward, each once; sources first."""
     found: dict[str, dict[str, Any]] = {}
 
     def visit(record: dict[str, Any] | None) -> None:
         if record is None or record["key"] in found:
             return
         for entry in sources_of(record):
-            key = entry.get("action")
-            visit((key and store.record_of(key)) or maker(Path(entry["path"])))
+            if entry.get("action") not in found:  # a thousand parts share their corpus
+                visit(made(store, entry, results))
         found[record["key"]] = record
 
-    for path in paths:
-        visit(maker(path))
+    for record in records:
+        visit(record)
     return list(found.values())
+
+
+def made(store: Store, entry: Mapping[str, Any], results: Path = RESULTS) -> dict[str, Any] | None:
+    """The record of the action that made an input, if it is still known."""
+    key = entry.get("action")
+    record = store.record_of(key) if key else None
+    if record:
+        return record
+    path = Path(entry["path"])
+    record = maker(results.parent / path, results)
+    # What made the file of that name since may be another action.
+    same = record and entry.get("sha256") in (
+        None,
+        *(o["sha256"] for o in record["outputs"].values()),
+    )
+    return record if same else None
+
+
+# Stages whose page tells of what lies behind their inputs (their rule says --provenance).
+TOLD = frozenset({"build_report"})
+
+
+def told(
+    store: Store, stage: str, science: dict[str, Any], inputs: Iterable[Path]
+) -> dict[str, Any]:
+    """Science settings of a stage, with the adoptions behind its inputs if it tells of them.
+
+    An adoption changes no byte of what a report reads, and must be in the report all the same.
+    """
+    if stage not in TOLD:
+        return science
+    adopted = [
+        {"key": record["key"], **record["adopted"]}
+        for record in chain(store, inputs)
+        if "adopted" in record
+    ]
+    return {**science, "adopted": adopted} if adopted else science
 
 
 def sources_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,183 @@
+"""Text to token shards against the plain tiktoken loop and nanoGPT's way, on the same text.
+
+    python benchmarks/encode.py                     made-up text of words, 100 MB
+    python benchmarks/encode.py --text a.jsonl      your own: one JSON object with "text" a line
+
+CPU seconds count, children included, so that a shared machine does less harm. nanoGPT's way is its
+prepare.py restated: datasets.map in two processes, then 1,024 batches into a memory map.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from common import Row, finish, in_turn, medians, parser
+from snakegpt.shards import read_shard
+from snakegpt.stages.build_tokenizer import fetch_ranks
+from snakegpt.tokenizers import gpt2_tokenizer, load
+
+NANOGPT = """
+import sys, numpy as np, datasets
+from pathlib import Path
+from snakegpt.tokenizers import load
+encoding = load(Path(sys.argv[2]))._encoding
+def process(example):
+    ids = encoding.encode_ordinary(example["text"]); ids.append(50256)
+    return {"ids": ids, "len": len(ids)}
+data = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
+found = data.map(process, remove_columns=data.column_names, num_proc=2)
+out = np.memmap(sys.argv[3] + "/train.bin", dtype=np.uint16, mode="w+", shape=(int(np.sum(found["len"], dtype=np.uint64)),))
+place = 0
+for index in range(1024):
+    batch = found.shard(num_shards=1024, index=index, contiguous=True).with_format("numpy")
+    ids = np.concatenate(batch["ids"])
+    out[place : place + len(ids)] = ids
+    place += len(ids)
+out.flush()
+"""
+
+PLAIN = """
+import json, sys, numpy as np
+from pathlib import Path
+from snakegpt.tokenizers import load
+encoding = load(Path(sys.argv[2]))._encoding
+texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")]
+import time
+started = time.process_time()
+total = 0
+for text in texts:
+    total += len(np.array([50256, *encoding.encode_ordinary(text)], dtype=np.uint16))
+print(time.process_time() - started)
+"""
+
+
+def make_text(path: Path, n_bytes: int) -> None:
+    """Documents of English-like words whose frequencies fall as Zipf's, with numbers and punctuation."""
+    draw = random.Random(0)
+    letters = "etaoinshrdlucmfwypvbgkjqxz"
+    weights = [1 / (rank + 2) for rank in range(len(letters))]
+    words = [
+        "".join(draw.choices(letters, weights, k=draw.choice((1, 2, 3, 4, 5, 6, 7, 9, 11))))
+        for _ in range(60_000)
+    ]
+    frequencies = [1 / (rank + 3) for rank in range(len(words))]
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < n_bytes:
+            found = draw.choices(words, frequencies, k=draw.randint(50, 2000))
+            for index in range(7, len(found), 11):
+                found[index] += draw.choice((",", ".", ".\n", "'s", f" {draw.randint(0, 2100)}"))
+            line = json.dumps({"text": " ".join(found)}) + "\n"
+            file.write(line)
+            written += len(line)
+
+
+def cpu_of(
+    command: list[str], environment: dict[str, str] | None = None
+) -> tuple[float, str, float]:
+    """(CPU seconds of a command and its children, its output, peak memory in MB)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    assert process.stdout
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, command
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    children = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    own = usage.ru_utime + usage.ru_stime
+    return max(own, children), output, usage.ru_maxrss * 1024 / 1e6
+
+
+class Encode:
+    """The stage as the pipeline runs it: process start, reading, hashing and writing included."""
+
+    def __init__(self, folder: Path, corpus: Path, tokenizer: Path, engine: str) -> None:
+        self.out, self.memory = folder / f"out-{engine}", 0.0
+        settings = {"validation": {"by": "document", "fraction": 0.01}}
+        self.command = [sys.executable, "-m", "snakegpt.stages.encode_tokens"]
+        self.command += ["--corpus", str(corpus), "--tokenizer", str(tokenizer)]
+        self.command += ["--out", str(self.out), "--settings", json.dumps(settings)]
+        self.command += ["--execution", json.dumps({"engine": engine})]
+
+    def __call__(self) -> float:
+        seconds, _, memory = cpu_of(self.command)
+        self.memory = max(self.memory, memory)
+        return seconds
+
+    def ids(self) -> bytes:
+        """What it wrote."""
+        shards = sorted(self.out.glob("*.bin"))
+        return b"".join(np.asarray(read_shard(shard)).tobytes() for shard in shards)
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--text", type=Path, help="JSON lines with a key `text`")
+    made.add_argument("--megabytes", type=float, default=100, help="of made-up text")
+    made.add_argument("--nanogpt", action="store_true", help="also nanoGPT's way (needs datasets)")
+    args = made.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = folder / "corpus/files"
+        files.mkdir(parents=True)
+        text = files / "a.jsonl"
+        if args.text:
+            os.symlink(args.text.absolute(), text)
+        else:
+            make_text(text, int(args.megabytes * 1e6))
+        corpus = folder / "corpus/corpus.json"
+        corpus.write_text(json.dumps({"files": [{"path": "a.jsonl"}]}))
+        tokenizer = folder / "tokenizer.json"
+        tokenizer.write_text(gpt2_tokenizer(fetch_ranks("r50k_base", "benchmark")).to_json())
+        load(tokenizer)
+        ours = {e: Encode(folder, corpus, tokenizer, e) for e in ("tiktoken", "gigatoken")}
+        arguments = [str(text), str(tokenizer)]
+
+        def plain() -> float:
+            return float(cpu_of([sys.executable, "-c", PLAIN, *arguments])[1])
+
+        sides: dict[str, Callable[[], float]] = {"plain": plain, **ours}
+        if args.nanogpt:
+
+            def nanogpt() -> float:
+                with tempfile.TemporaryDirectory(dir=folder) as cache:
+                    return cpu_of([sys.executable, "-c", NANOGPT, *arguments, cache])[0]
+
+            sides["nanogpt"] = nanogpt
+        figures = medians(in_turn(args.rounds, **sides))
+        assert ours["tiktoken"].ids() == ours["gigatoken"].ids(), "the engines differ"
+        n_bytes = text.stat().st_size
+    rows = []
+    bars = {
+        "plain": {"tiktoken": 1.0, "gigatoken": 8.0},
+        "nanogpt": {"tiktoken": 1.7, "gigatoken": 15},
+    }
+    for peer in ("plain", "nanogpt"):
+        for engine, bar in bars[peer].items() if peer in figures else ():
+            ratio = figures[peer] / figures[engine]
+            what = f"encode {n_bytes / 1e6:.0f} MB, {engine} against {peer}"
+            pair = {name: figures[name] for name in (peer, engine)}
+            rows.append(Row(what, "CPU s", pair, ratio, f"at least {bar}", ratio >= bar))
+    for engine, run in ours.items():
+        what, met = f"peak memory, {engine}", run.memory <= 600
+        rows.append(Row(what, "MB", {engine: run.memory}, run.memory, "at most 600", met))
+    finish(rows, as_json=args.json)
+
+
+if __name__ == "__main__":
+    main()
