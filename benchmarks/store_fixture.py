@@ -25,7 +25,7 @@ def make_store(root: Path, actions: int, objects: int) -> None:
     """Fill a new store with so many actions and objects, at least four objects an action.
 
     Every object is a file of 8 bytes or a folder's listing, under its true sha256; every record has
-    its true key. About 60 microseconds an object on a local disk.
+    its true key. About 0.1 ms an object on a local disk.
     """
     per_action = objects // actions
     if per_action < PLAIN + 2:

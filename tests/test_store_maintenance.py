@@ -325,6 +325,8 @@ def test_a_damaged_pin_stops_gc(store, later):
     later()
     with pytest.raises(UserError, match="paper is no pin"):
         collect(store, delete=True)
+    (finding,) = verify.verify(store).findings
+    assert finding.kind == "foreign" and "paper is no pin" in finding.problem
 
 
 def test_state_stays_until_its_action_is_finished_or_it_is_too_old(store, later):
@@ -909,6 +911,25 @@ def test_verify_beside_a_gc_does_not_miss_what_went_with_its_record(store, monke
 
     monkeypatch.setattr(verify._Verification, "_read_records", read_then_lose)
     assert not verify.verify(store).findings
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_what_gc_took_is_not_missing(store, later, metadata):
+    corpus, _ = chain(store)
+    action(store, "train_model", "b", {"weights": "v"}, seed=1)
+    later()
+    collect(store, delete=True)
+    report = verify.verify(store, metadata=metadata)
+    assert report.findings == []
+    assert (report.records, report.checked, report.let_go) == (
+        2,
+        5,
+        1,
+    )  # a listing, whose files none knows
+    pin(store, "text", [corpus.key])
+    lost = verify.verify(store, metadata=metadata)
+    assert found(lost) == [("missing", corpus.sha256("raw"))]
+    assert lost.findings[0].actions == [f"fetch_corpus text ({corpus.key[:12]})"]
 
 
 def test_verify_on_the_command_line(store, capsys):

@@ -17,27 +17,23 @@ import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError
 from snakegpt.identity import file_digest
 from snakegpt.pipeline import usable_threads
-from snakegpt.progress import Progress, quantity
+from snakegpt.progress import Progress
 from snakegpt.store.command import age_s, new_command, pipeline_of, print_json, store_of
-from snakegpt.store.links import pointer
+from snakegpt.store.findings import Faults, Kind, Report, name_what_is_touched
 from snakegpt.store.objects import Store, key_of, read_record
-from snakegpt.store.pins import pins
 from snakegpt.store.reach import (
     MALFORMED,
     as_digest,
     now_or_here,
     objects_named,
-    registered,
     shelves,
-    shown,
     strays,
 )
 
@@ -67,80 +63,6 @@ def _run(args: argparse.Namespace) -> None:
 
 
 AHEAD = 16  # objects waiting for each thread, so that a big one keeps no other thread idle
-
-Kind = Literal["damaged", "missing", "foreign", "unreadable"]
-
-
-@dataclass
-class Finding:
-    """Something wrong, and what it touches.
-
-    name     sha256 of an object, key of an action, or path of what is neither
-    moved    where a damaged object is now
-    actions  "stage name (key)" of those that name it; `results`: paths that show it
-    """
-
-    kind: Kind
-    name: str
-    problem: str
-    moved: str | None = None
-    actions: list[str] = field(default_factory=list)
-    results: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """For a terminal."""
-        moved = f"; moved to {self.moved}" if self.moved else ""
-        lines = [f"{self.kind}  {self.name}: {self.problem}{moved}"]
-        lines += _some("named by", self.actions)
-        return lines + _some("shown as", self.results)
-
-
-def _some(what: str, names: list[str], most: int = 5) -> list[str]:
-    more = [f"    ... {len(names) - most:,} more"] if len(names) > most else []
-    return [*(f"    {what} {name}" for name in names[:most]), *more]
-
-
-@dataclass
-class Report:
-    """What was checked and what was found.
-
-    skipped   objects that were read lately enough
-    unnamed   objects that no record names and nobody asked to check
-    let_go    objects that are not there and that no result shows: their actions would run again
-    """
-
-    metadata: bool
-    records: int = 0
-    checked: int = 0
-    checked_bytes: int = 0
-    skipped: int = 0
-    unnamed: int = 0
-    let_go: int = 0
-    findings: list[Finding] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """For programs."""
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """For a terminal."""
-        lines = [line for finding in self.findings for line in finding.lines()]
-        how = "present at full size" if self.metadata else "read"
-        size = quantity(self.checked_bytes, "B")
-        facts = [f"{self.records:,} records, {self.checked:,} objects {how} ({size})"]
-        facts += [f"{self.skipped:,} read lately"] if self.skipped else []
-        facts += [f"{self.unnamed:,} without a record (--all)"] if self.unnamed else []
-        facts += [f"{self.let_go:,} let go"] if self.let_go else []
-        kinds = {finding.kind for finding in self.findings}
-        lines.append(f"{', '.join(facts)}: {len(self.findings) or 'nothing'} found")
-        if kinds & {"damaged", "missing"}:
-            lines.append("the next run restores or rebuilds what is damaged or missing")
-        if "foreign" in kinds:
-            lines.append(
-                "what is foreign is left where it is: move it away;"
-                " an action whose record is removed runs again"
-            )
-        return lines
 
 
 def verify(
@@ -189,9 +111,7 @@ class _Verification:
         self.named: list[dict[bytes, int]] = [{} for _ in range(256)]
         self.lost: set[bytes] = set()  # listings that do not read
         self.disputed: set[bytes] = set()  # records disagree about the size
-        self.sizes: dict[bytes, int] = {}  # of good objects whose size some record has wrong
-        self.bad: dict[bytes, Finding] = {}
-        self.moved: set[tuple[int, int]] = set()  # (device, inode)
+        self.faults = Faults()
 
     def run(self, threads: int) -> Report:
         self._read_records()
@@ -205,20 +125,15 @@ class _Verification:
             self._read_objects(threads)
         self.progress.update(self.progress.total)
         for path in strays(self.store.root / "objects"):
-            self._found("foreign", path, "it is no folder of objects")
+            self.report.found("foreign", path, "it is no folder of objects")
         for path in strays(self.store.root / "actions"):
-            self._found("foreign", path, "it is no folder of action records")
-        self._name_what_is_touched()
+            self.report.found("foreign", path, "it is no folder of action records")
+        name_what_is_touched(self.store, self.report, self.faults)
         return self.report
 
     def _show_progress(self) -> None:
         if self.done // self.scale < self.progress.total:
             self.progress.update(self.done // self.scale)
-
-    def _found(self, kind: Kind, name: str, problem: str) -> Finding:
-        finding = Finding(kind, name, problem)
-        self.report.findings.append(finding)
-        return finding
 
     # ---- records ----
 
@@ -231,7 +146,7 @@ class _Verification:
                 problem = self._problem_of_record(first, entry, opened)
                 if problem and os.path.lexists(entry.path):
                     key = entry.name.removesuffix(".json")
-                    self._found("foreign", key if as_digest(key) else entry.path, problem)
+                    self.report.found("foreign", key if as_digest(key) else entry.path, problem)
                 self.report.records += not problem
 
     def _problem_of_record(
@@ -340,7 +255,7 @@ class _Verification:
                 continue  # removed while open: NFS removes it when it is closed
             if digest is None or digest[0] != first or not entry.is_file(follow_symlinks=False):
                 problem = "it is no object: no regular file, named by its sha256, where it belongs"
-                self._found("foreign", entry.path, problem)
+                self.report.found("foreign", entry.path, problem)
                 continue
             present.add(digest)
             if digest in named or self.unnamed:
@@ -383,13 +298,13 @@ class _Verification:
             self.report.checked += 1
             self.report.checked_bytes += size
             if size != wanted or digest in self.disputed:
-                self.sizes[digest] = size
+                self.faults.sizes[digest] = size
         if not self.metadata:
             self._show_progress()
 
     def _missing(self, digest: bytes) -> None:
         if not os.path.lexists(self.store.object_path(digest.hex())):
-            self.bad[digest] = self._found("missing", digest.hex(), "no such object")
+            self.faults.missing.add(digest)
 
     def _bad(self, check: _Check) -> None:
         path = self.store.object_path(check.digest.hex())
@@ -398,7 +313,9 @@ class _Verification:
         if not again.kind or again.kind == "missing":
             return self._take(again)
         kind = again.kind
-        finding = self.bad[check.digest] = self._found(kind, check.digest.hex(), again.problem)
+        finding = self.faults.bad[check.digest] = self.report.found(
+            kind, check.digest.hex(), again.problem
+        )
         if kind == "damaged":
             aside = self.store.root / "damaged" / check.digest.hex()
             try:
@@ -406,96 +323,9 @@ class _Verification:
                 aside.parent.mkdir(exist_ok=True)
                 os.replace(path, aside)
                 finding.moved = str(aside)
-                self.moved.add((found.st_dev, found.st_ino))
+                self.faults.moved.add((found.st_dev, found.st_ino))
             except OSError as error:
                 finding.problem += f"; it could not be moved aside: {error.strerror}"
-
-    # ---- what is touched ----
-
-    def _name_what_is_touched(self) -> None:
-        """Go through records and results once more, for what was found."""
-        self.places: dict[
-            tuple[str, str], Finding
-        ] = {}  # (action, output) -> what is wrong with it
-        if self.bad or self.sizes:
-            for _, shelf in shelves(self.store.root / "actions"):
-                for entry in shelf:
-                    record = read_record(entry.path)
-                    if record and f"{record.get('key')}.json" == entry.name:
-                        with contextlib.suppress(OSError, *MALFORMED):
-                            self._name_action(record)
-        self._name_results()
-        pinned = {key[:12] for keys in pins(self.store).values() for key in keys}
-        for finding in [f for f in self.bad.values() if f.kind == "missing" and not f.results]:
-            # Of an action whose record alone is kept, as provenance: after gc, or import --without.
-            if not any(label[-13:-1] in pinned for label in finding.actions):
-                self.report.findings.remove(finding)
-                self.report.let_go += 1
-        for finding in self.report.findings:
-            finding.actions.sort()
-            finding.results.sort()
-
-    def _name_action(self, record: dict[str, Any]) -> None:
-        key = record["key"]
-        label = f"{record['stage']} {record['name']} ({key[:12]})"
-        for name, output in record["outputs"].items():
-            finding = self.bad.get(bytes.fromhex(output["sha256"]))
-            if finding:
-                self.places[key, name] = finding
-        for digest, n_bytes in objects_named(self.store, record, set(), set()):
-            finding = self.bad.get(digest)
-            if finding and label not in finding.actions:
-                finding.actions.append(label)
-            elif self.sizes.get(digest, n_bytes) != n_bytes:
-                problem = (
-                    f"it says {n_bytes:,} bytes of {digest.hex()[:12]}, which is whole without"
-                )
-                self._found("foreign", key, problem).actions.append(label)
-
-    def _name_results(self) -> None:
-        records = {f.name: f for f in self.report.findings if f.kind == "foreign"}
-        gone: dict[str, Finding] = {}
-
-        def miss(key: str, what: str) -> None:
-            if key not in gone:
-                gone[key] = self._found("missing", key, "no such action record")
-            gone[key].results.append(what)
-
-        for root in registered(self.store):
-            if root.problem:
-                continue
-            with contextlib.suppress(OSError):  # a colleague's in part: named as far as it is seen
-                for link in shown(root.results):
-                    if link.sha256:
-                        found = [self.bad.get(bytes.fromhex(link.sha256))]
-                    else:
-                        key = link.key or ""
-                        place = (key, os.path.basename(link.path))
-                        found = [records.get(key), self.places.get(place)]
-                        if self._is_lost(key, link.path, root.results):
-                            miss(key, link.path)
-                    for finding in filter(None, found):
-                        self._remove_moved(link.path)
-                        if link.path not in finding.results:
-                            finding.results.append(link.path)
-        for name, keys in pins(self.store).items():
-            for key in keys:
-                if not os.path.lexists(self.store.action_path(key)):
-                    miss(key, f"pin {name}")
-
-    def _is_lost(self, key: str, path: str, results: str) -> bool:
-        """Whether a result's pointer leads into this store, to a record that is not there."""
-        if os.path.lexists(self.store.action_path(key)):
-            return False
-        target = os.path.realpath(pointer(Path(path), Path(results)))
-        return target == os.path.realpath(self.store.action_path(key))
-
-    def _remove_moved(self, path: str) -> None:
-        """Remove a result that is a hard link to an object that was moved aside: it is as damaged."""
-        with contextlib.suppress(OSError):
-            found = os.lstat(path)
-            if (found.st_dev, found.st_ino) in self.moved:
-                os.unlink(path)
 
 
 class _Shelf:
