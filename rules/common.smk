@@ -87,7 +87,7 @@ def one_of(names):
 
 
 wildcard_constraints:
-    corpus=one_of(SETTINGS.corpora),
+    corpus=one_of([*SETTINGS.corpora, *SETTINGS.mixtures]),
     tokenizer=one_of(SETTINGS.tokenizers),
     experiment=one_of(SETTINGS.experiments),
     part=r"\d{6}",

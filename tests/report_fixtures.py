@@ -274,5 +274,5 @@ def results(folder: Path, *, ranks: int = 2, resumed_at: int | None = None) -> d
         lines = value if path.suffix == ".jsonl" else [value]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         path.write_text(text, encoding="utf-8")
-        files[path.parent.name] = path
+        files[path.parent.name] = [path]
     return files

@@ -14,9 +14,9 @@ def run(tmp_path, *, provenance=True, change=None, adopted=None, **changes):
     files = report_fixtures.results(tmp_path / "in", **changes)
     if change:
         role, edit = change
-        value = json.loads(files[role].read_text(encoding="utf-8"))
+        value = json.loads(files[role][0].read_text(encoding="utf-8"))
         edit(value)
-        files[role].write_text(json.dumps(value), encoding="utf-8")
+        files[role][0].write_text(json.dumps(value), encoding="utf-8")
     execution = {"label": "build_report gpt2"}
     if provenance:
         chain = tmp_path / "provenance.json"
@@ -28,8 +28,8 @@ def run(tmp_path, *, provenance=True, change=None, adopted=None, **changes):
         execution["provenance"] = str(chain)
     settings = {"experiment": "gpt2", "settings": report_fixtures.settings()}
     arguments = ["--settings", json.dumps(settings), "--execution", json.dumps(execution)]
-    for role, path in files.items():
-        arguments += [f"--{role}", str(path)]
+    for role, paths in files.items():
+        arguments += [f"--{role}", *map(str, paths)]
     build_report.main([*arguments, "--out", str(tmp_path / "out")])
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     return page, json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))

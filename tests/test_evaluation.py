@@ -49,7 +49,7 @@ def stream() -> TokenStream:
 def test_a_score_is_that_of_transformers_over_every_target(tmp_path):
     losses = losses_of_transformers(tmp_path)
     assert len(losses) == 52
-    score = evaluate(model(), stream(), BYTES, rows=4)
+    score, _ = evaluate(model(), [stream()], BYTES, rows=4)
     assert score.n_tokens == 52
     assert score.loss_nats == pytest.approx(losses.mean(), rel=1e-5)
     assert score.loss_stderr == pytest.approx(losses.std(ddof=1) / math.sqrt(52), rel=1e-5)
@@ -62,7 +62,7 @@ def test_a_score_is_that_of_transformers_over_every_target(tmp_path):
 
 
 def test_rows_at_once_change_nothing_but_rounding_and_repeating_changes_nothing():
-    scores = [evaluate(model(), stream(), BYTES, rows=rows) for rows in (1, 4, 100, 4)]
+    scores = [evaluate(model(), [stream()], BYTES, rows=rows)[0] for rows in (1, 4, 100, 4)]
     assert scores[1] == scores[3]
     for score in scores:
         assert score.loss_nats == pytest.approx(scores[0].loss_nats, rel=1e-6)
@@ -71,7 +71,7 @@ def test_rows_at_once_change_nothing_but_rounding_and_repeating_changes_nothing(
 @pytest.mark.parametrize("n_targets", [2, 8, 11])
 def test_a_limit_takes_the_first_targets(tmp_path, n_targets):
     losses = losses_of_transformers(tmp_path)
-    score = evaluate(model(), stream(), BYTES, rows=4, n_targets=n_targets)
+    score, _ = evaluate(model(), [stream()], BYTES, rows=4, n_targets=n_targets)
     assert score.n_tokens == n_targets
     assert score.loss_nats == pytest.approx(losses[:n_targets].mean(), rel=1e-5)
 

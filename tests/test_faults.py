@@ -23,6 +23,7 @@ from snakegpt.store import Store, links
 FILES = {"big.bin": b"0123456789" * 1000, "files/one.txt": b"one", "files/deep/two.txt": b"two"}
 OLD = {"big.bin": b"old", "files/one.txt": b"one", "files/gone.txt": b"gone"}
 FOLDER = Path("results/models/x")
+TINY = Path(__file__).parent / "tiny.yaml"
 
 # What publishing does to the disk, as Python's audit events name it.
 STEPS = {
@@ -184,6 +185,9 @@ def test_kills_at_random_times(project):
     subprocess.run(command, check=True, capture_output=True)
     assert Path("results/tokenizers/x/tokenizer.json").read_bytes() == expected
     assert not list(Path("store/tmp").iterdir())
+    verify = [sys.executable, "-m", "snakegpt.store", "verify", "--json"]
+    clean = subprocess.run([*verify, "--configfile", str(TINY)], capture_output=True, text=True)
+    assert clean.returncode == 0, clean.stdout + clean.stderr
 
 
 @pytest.mark.parametrize(

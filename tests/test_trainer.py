@@ -11,7 +11,7 @@ from snakegpt.distributed import Group
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.model import GPT, Shape, initialise
 from snakegpt.optimizer import Schedule
-from snakegpt.tokens import open_split, read_manifest
+from snakegpt.tokens import open_sets, open_split, read_manifest
 from snakegpt.trainer import Launch, Recipe, Trainer
 from train_fixtures import SETTINGS, metrics, tokens, train
 
@@ -43,7 +43,7 @@ def trainer(folder, manifest, shape=SHAPE, micro_rows=8, **training) -> Trainer:
         save_interval_s=100,
     )
     content = read_manifest(manifest)
-    splits = [open_split(manifest, content, split) for split in ("train", "val")]
+    splits = [open_sets(manifest, content, split) for split in ("train", "val")]
     fingerprint = content["tokenizer"]["fingerprint"]
     return Trainer(shape, recipe(**training), *splits, launch, Group(), folder, fingerprint)
 

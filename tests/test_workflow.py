@@ -408,3 +408,36 @@ def kill_when_state_is_saved(state: Path, process: subprocess.Popen[str]) -> Non
                 continue
             if inside and b"snakegpt.stages.train_model" in words:
                 os.kill(int(entry.name), signal.SIGKILL)
+
+
+def test_a_mixture_is_trained_evaluated_and_reported(project):
+    """Of a corpus that is there already and another one; what was encoded stays."""
+    (project.folder / "more").mkdir()
+    (project.folder / "more/c.txt").write_text(" ".join(WORDS * 60), encoding="utf-8")
+    other = {"kind": "local", "paths": ["more/*.txt"]}
+    project.set(
+        "corpora.other", {"source": other, "validation": {"by": "position", "fraction": 0.1}}
+    )
+    project.set("mixtures.both", {"weights": {"generated": 3, "other": 1}})
+    file = project.folder / "mine.yaml"
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config["experiments"]["mixed"] = {**config["experiments"]["tiny"], "corpus": "both"}
+    config["default_experiments"] = ["mixed"]
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    locked = project.call(
+        "snakegpt.stages.lock_corpora", "--configfile", "config.yaml", "mine.yaml"
+    )
+    assert locked.returncode == 0, locked.stderr
+    first = project.run("report_mixed")
+    assert {"fetch_corpus", "encode_tokens", "index_tokens", "train_model"} <= first.ran
+    assert "build_tokenizer" not in first.ran
+    evaluation = json.loads(
+        (project.folder / "results/evaluations/mixed/evaluation.json").read_text()
+    )
+    assert len(evaluation["sets"]) == 2
+    assert sum(part["n_tokens"] for part in evaluation["sets"]) == evaluation["n_tokens"]
+    page = (project.folder / "results/reports/mixed/report.html").read_text(encoding="utf-8")
+    assert "best, on other" in page and "0.75 of the rows" in page
+    assert project.run("report_mixed").idle
+    project.set("mixtures.both.weights.other", 2)
+    assert "train_model" in project.run("train_mixed").ran

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ from snakegpt.progress import Progress
 
 @dataclass(frozen=True)
 class Score:
-    """What a model scores on a split.
+    """What a model scores on the tokens of a split, or of one corpus in it.
 
     loss_nats      mean cross-entropy of a token
     loss_stderr    its standard error, as if tokens were independent draws (they are not: a lower bound)
@@ -38,32 +39,42 @@ class Score:
 @torch.no_grad()
 def evaluate(
     model: GPT,
-    stream: TokenStream,
+    streams: Sequence[TokenStream],
     token_bytes: NDArray[np.int32],
     *,
     rows: int,
     n_targets: int | None = None,
     progress: Progress | None = None,
-) -> Score:
-    """Score a model on a split, every token but the first a target once, windows in order.
+) -> tuple[Score, list[Score]]:
+    """Score a model on a split: on all of it, and on each of its streams, one a corpus.
+
+    Windows in order, every token of a stream but the first a target once.
 
     token_bytes  UTF-8 bytes of each id, 0 for special ones
     rows         windows at once; changes no more than rounding
-    n_targets    stop after this many; None: the whole split
+    n_targets    of a stream, at most; None: all of it
     """
     device = next(model.parameters()).device
     bytes_of_V = torch.from_numpy(token_bytes.astype(np.int64))
-    losses, sizes, done = [], [], 0
-    for ids_BT, targets_BT in sequential_batches(
-        stream, model.shape.context, rows, n_targets=n_targets
-    ):
-        losses_BT: Tensor = model(ids_BT.to(device), targets_BT.to(device))
-        losses.append(losses_BT.flatten().double().cpu())
-        sizes.append(bytes_of_V[targets_BT.flatten()])
-        done += targets_BT.numel()
-        if progress:
-            progress.update(done)
-    loss_N, bytes_N = torch.cat(losses), torch.cat(sizes)
+    losses_SN, sizes_SN, done = [], [], 0
+    for stream in streams:
+        losses, sizes = [], []
+        for ids_BT, targets_BT in sequential_batches(
+            stream, model.shape.context, rows, n_targets=n_targets
+        ):
+            losses_BT: Tensor = model(ids_BT.to(device), targets_BT.to(device))
+            losses.append(losses_BT.flatten().double().cpu())
+            sizes.append(bytes_of_V[targets_BT.flatten()])
+            done += targets_BT.numel()
+            if progress:
+                progress.update(done)
+        losses_SN.append(torch.cat(losses))
+        sizes_SN.append(torch.cat(sizes))
+    parts = [_score(*pair) for pair in zip(losses_SN, sizes_SN, strict=True)]
+    return _score(torch.cat(losses_SN), torch.cat(sizes_SN)), parts
+
+
+def _score(loss_N: Tensor, bytes_N: Tensor) -> Score:
     mean = float(loss_N.mean())
     stderr = float(loss_N.std()) / math.sqrt(len(loss_N)) if len(loss_N) > 1 else math.inf
     return Score(

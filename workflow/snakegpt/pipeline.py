@@ -252,6 +252,8 @@ class Pipeline:
         )
 
     def _index_tokens(self, corpus: str, tokenizer: str) -> Request:
+        if corpus in self.settings.mixtures:
+            return self._mix_tokens(corpus, tokenizer)
         parts = [
             _output("encode_tokens", 2, corpus=corpus, tokenizer=tokenizer, part=part)
             for part in self.parts(corpus)
@@ -259,6 +261,17 @@ class Pipeline:
         wildcards = {"corpus": corpus, "tokenizer": tokenizer}
         inputs = {"parts": parts, **self._drops(corpus)}
         return Request("index_tokens", wildcards, settings={}, inputs=inputs)
+
+    def _mix_tokens(self, mixture: str, tokenizer: str) -> Request:
+        shares = self.settings.shares(mixture)
+        return Request(
+            "index_tokens",
+            {"corpus": mixture, "tokenizer": tokenizer},
+            settings={"weights": list(shares.values())},
+            inputs={
+                "sets": [_output("index_tokens", corpus=c, tokenizer=tokenizer) for c in shares]
+            },
+        )
 
     # ---- experiments ----
 
@@ -275,7 +288,6 @@ class Pipeline:
 
     def _plan_training(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
-        locked = self.lock(chosen.corpus)
         return self._experiment_request(
             "plan_training",
             experiment,
@@ -285,11 +297,21 @@ class Pipeline:
                 "machine": machine(),
             },
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
-            execution={
-                "corpus_bytes": locked.n_bytes if locked else None,
-                "validation_fraction": self.settings.corpus(chosen.corpus).validation.fraction,
-            },
+            execution=self._size_of(chosen.corpus),
         )
+
+    def _size_of(self, corpus: str) -> dict[str, Any]:
+        """Raw bytes of a corpus or mixture, None before it is locked, and the share that validates."""
+        sizes = {name: self.lock(name) for name in self.settings.shares(corpus)}
+        n_bytes = {name: locked.n_bytes for name, locked in sizes.items() if locked}
+        known = n_bytes if len(n_bytes) == len(sizes) else dict.fromkeys(sizes, 1)
+        validating = sum(
+            n * self.settings.corpus(name).validation.fraction for name, n in known.items()
+        )
+        return {
+            "corpus_bytes": sum(n_bytes.values()) if known is n_bytes else None,
+            "validation_fraction": validating / sum(known.values()),
+        }
 
     def _train_model(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
@@ -333,13 +355,11 @@ class Pipeline:
     def _build_report(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
         blocks = ("model", "training", "evaluation", "sampling")
+        shares = self.settings.shares(chosen.corpus)
         described: dict[str, Any] = {
             "scale": self.settings.scale,
             "description": chosen.description,
-            "corpus": {
-                "name": chosen.corpus,
-                **self.settings.corpus(chosen.corpus).model_dump(),
-            },
+            "corpus": self._described(chosen.corpus),
             "tokenizer": {
                 "name": chosen.tokenizer,
                 **self.settings.tokenizer(chosen.tokenizer).model_dump(),
@@ -352,7 +372,7 @@ class Pipeline:
             experiment,
             settings={"experiment": experiment, "settings": described},
             inputs={
-                "corpus": [_output("fetch_corpus", corpus=chosen.corpus)],
+                "corpus": [_output("fetch_corpus", corpus=name) for name in shares],
                 "tokenizer": [_tokenizer_of(chosen)],
                 "tokens": [_tokens_of(chosen)],
                 "plan": [of("plan_training")],
@@ -363,6 +383,14 @@ class Pipeline:
                 "samples": [of("sample_text")],
             },
         )
+
+    def _described(self, corpus: str) -> dict[str, Any]:
+        """All that the settings say of a corpus, or of a mixture and its corpora."""
+        if corpus in self.settings.corpora:
+            return {"name": corpus, **self.settings.corpus(corpus).model_dump()}
+        mixture = self.settings.mixtures[corpus]
+        parts = [self._described(name) for name in mixture.weights]
+        return {"name": corpus, **mixture.model_dump(), "corpora": parts}
 
     def _build_index(self) -> Request:
         summaries = [

@@ -32,6 +32,7 @@ BLOCKS: tuple[type[BaseModel], ...] = (
     settings.Evaluation,
     settings.Sampling,
     settings.Corpus,
+    settings.Mixture,
     settings.Decontamination,
     settings.Validation,
     settings.RegistrySource,

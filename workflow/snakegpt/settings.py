@@ -159,6 +159,15 @@ class Corpus(Closed):
     """Licence of the text, as its source states it; for the report."""
 
 
+class Mixture(Closed):
+    """Several corpora that one model is trained on, each with a share of the rows of every batch."""
+
+    weights: Annotated[dict[Name, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+    """Corpus -> its share, of any sum; a corpus comes round again when its tokens are used up."""
+    description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
+    """One line for the report."""
+
+
 # ---- tokenizers ------------------------------------------------------------------------------
 
 
@@ -269,7 +278,7 @@ class Evaluation(Closed):
     """What evaluate_model measures."""
 
     tokens: Annotated[int, Field(ge=1)] | None = None
-    """Validation tokens to evaluate, from the start of the split; null: the whole split."""
+    """Validation tokens to evaluate, from the start of the split (of a mixture: of each corpus); null: all."""
 
 
 class Sampling(Closed):
@@ -320,7 +329,7 @@ class Block(Closed):
     """The parts of an experiment that a `laptop:` or `full:` block may set."""
 
     corpus: Name | None = None
-    """Name of a corpus."""
+    """Name of a corpus or of a mixture."""
     tokenizer: Name | None = None
     """Name of a tokenizer."""
     description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
@@ -337,7 +346,7 @@ class Experiment(Block):
     """A named choice of corpus, tokenizer, model, training, evaluation and sampling."""
 
     corpus: Name
-    """Name of a corpus."""
+    """Name of a corpus or of a mixture."""
     tokenizer: Name
     """Name of a tokenizer."""
     laptop: Block | None = None
@@ -373,6 +382,8 @@ class Settings(Closed):
     execution: Execution = Execution()
     corpora: dict[Name, Corpus]
     """Text sources by name."""
+    mixtures: dict[Name, Mixture] = {}
+    """Mixtures of them by name; an experiment takes one where it takes a corpus."""
     tokenizers: dict[Name, Tokenizer]
     """Tokenizers by name."""
     experiments: dict[Name, Experiment]
@@ -383,6 +394,12 @@ class Settings(Closed):
 
     def corpus(self, name: str) -> Corpus:
         return _named(self.corpora, name, "corpus")
+
+    def shares(self, name: str) -> dict[str, float]:
+        """The corpora that a name stands for, each with its weight: one for a corpus itself."""
+        if name in self.corpora:
+            return {name: 1.0}
+        return dict(_named({**self.corpora, **self.mixtures}, name, "corpus").weights)
 
     def tokenizer(self, name: str) -> AnyTokenizer:
         return _named(self.tokenizers, name, "tokenizer")
@@ -444,6 +461,15 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
         for name in settings.default_experiments
         if name not in settings.experiments
     ]
+    for name, mixture in settings.mixtures.items():
+        if name in settings.corpora:
+            problems.append(f"mixtures.{name} has the name of a corpus; give it another one.")
+        problems += [
+            f"mixtures.{name}.weights names '{corpus}', which is not defined."
+            + nearest(corpus, settings.corpora)
+            for corpus in mixture.weights
+            if corpus not in settings.corpora
+        ]
     for name, tokenizer in settings.tokenizers.items():
         corpus = getattr(tokenizer, "corpus", None)
         if corpus is not None and corpus not in settings.corpora:
@@ -498,7 +524,8 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
     model, training = experiment.model, experiment.training
     problems = []
     where = f"experiments.{name}"
-    for noun, table in (("corpus", settings.corpora), ("tokenizer", settings.tokenizers)):
+    texts = {**settings.corpora, **settings.mixtures}
+    for noun, table in (("corpus", texts), ("tokenizer", settings.tokenizers)):
         value = getattr(experiment, noun)
         if value not in table:
             problems.append(f"{where}.{noun} = '{value}' is not defined.{nearest(value, table)}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from snakegpt.batches import TokenStream
+from snakegpt.batches import Mixture, TokenStream, TrainingBatches
 from snakegpt.errors import UserError
 from snakegpt.shards import read_shard
 
@@ -30,8 +30,41 @@ def open_split(path: Path, manifest: dict[str, Any], split: str) -> TokenStream:
 
     raises  UserError that names the shard which is missing, cut short or of another tokenizer
     """
+    return _open(path, manifest, manifest["splits"][split]["shards"])
+
+
+class TokenSet(NamedTuple):
+    """One corpus of a mixture: its share of the rows, and its tokens."""
+
+    weight: float
+    stream: TokenStream
+
+
+def open_sets(path: Path, manifest: dict[str, Any], split: str) -> list[TokenSet]:
+    """The tokens of a split, corpus by corpus: several for a mixture, else one.
+
+    raises  what `open_split` raises
+    """
+    if "sets" not in manifest:
+        return [TokenSet(1.0, open_split(path, manifest, split))]
+    shards = manifest["splits"][split]["shards"]
+    return [
+        TokenSet(part["weight"], _open(path, manifest, shards[slice(*part[split]["shards"])]))
+        for part in manifest["sets"]
+    ]
+
+
+def training_batches(sets: list[TokenSet], context: int, rows: int, seed: int) -> TrainingBatches:
+    """What is trained on at each step: one corpus in random order, or each at its share of the rows."""
+    if len(sets) == 1:
+        return TrainingBatches(sets[0].stream, context, rows, seed)
+    weights, streams = zip(*sets, strict=True)
+    return Mixture(streams, weights, context, rows, seed)
+
+
+def _open(path: Path, manifest: dict[str, Any], entries: list[dict[str, Any]]) -> TokenStream:
     shards = []
-    for entry in manifest["splits"][split]["shards"]:
+    for entry in entries:
         file = path.parent / entry["name"]
         if not file.exists():
             raise UserError(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from snakegpt.batches import TokenStream, TrainingBatches, sequential_batches
+from snakegpt.batches import TokenStream, sequential_batches
 from snakegpt.distributed import Group, StopRequest
 from snakegpt.durable import write_atomically
 from snakegpt.errors import Interrupted, UserError
@@ -32,6 +32,7 @@ from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import Schedule, clip_gradients, make_adamw, set_learning_rate
 from snakegpt.prefetch import ahead_of
 from snakegpt.progress import Progress, quantity, say
+from snakegpt.tokens import TokenSet, training_batches
 from snakegpt.training_state import Metrics, StateFolder
 
 
@@ -81,8 +82,8 @@ class Trainer:
         self,
         shape: Shape,
         recipe: Recipe,
-        train: TokenStream,
-        validation: TokenStream,
+        train: list[TokenSet],
+        validation: list[TokenSet],
         launch: Launch,
         group: Group,
         state_folder: Path,
@@ -91,7 +92,7 @@ class Trainer:
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
         self.validation, self.fingerprint = validation, tokenizer_fingerprint
         rows = recipe.batch_tokens // shape.context
-        self.batches = TrainingBatches(train, shape.context, rows, recipe.seed)
+        self.batches = training_batches(train, shape.context, rows, recipe.seed)
         self.accumulation = rows // group.ranks // launch.micro_rows
         self.model = initialise(GPT(shape, launch.kernel), recipe.seed).to(launch.device)
         self.optimizer = make_adamw(
@@ -226,14 +227,28 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss over the first `validation_tokens` of the validation split, nats; no dropout."""
+        """Mean loss over the first `validation_tokens` of the validation split, nats; no dropout.
+
+        Of a mixture the corpora's means, by their shares of the training rows; each has that share of
+        the validation tokens.
+        """
         self.model.eval()
+        whole = sum(part.weight for part in self.validation)
+        limit = self.recipe.validation_tokens
+        loss = 0.0
+        for weight, stream in self.validation:
+            share = weight / whole
+            n_targets = None if limit is None else max(1, round(limit * share))
+            loss += share * self._mean_loss(stream, n_targets)
+        return loss
+
+    def _mean_loss(self, stream: TokenStream, n_targets: int | None) -> float:
         totals = torch.zeros(2, dtype=torch.float64)
         batches = sequential_batches(
-            self.validation,
+            stream,
             self.shape.context,
             self.launch.micro_rows,
-            n_targets=self.recipe.validation_tokens,
+            n_targets=n_targets,
             rank=self.group.rank,
             ranks=self.group.ranks,
         )

@@ -17,6 +17,7 @@ class Evidence:
     """All that is known about an experiment, as the stages wrote it.
 
     settings    blocks corpus, tokenizer, model, training, evaluation, sampling; description, scale
+    corpora     corpus.json of the corpus, or of each corpus of a mixture
     metrics     the lines of metrics.jsonl
     provenance  records of the stage runs behind it, sources first; None where stages ran by hand
     digests     input role -> sha256 of its file
@@ -24,7 +25,7 @@ class Evidence:
 
     experiment: str
     settings: Mapping[str, Any]
-    corpus: Mapping[str, Any]
+    corpora: Sequence[Mapping[str, Any]]
     tokenizer: Mapping[str, Any]
     tokens: Mapping[str, Any]
     plan: Mapping[str, Any]
@@ -34,6 +35,12 @@ class Evidence:
     samples: Sequence[Mapping[str, Any]]
     provenance: Sequence[Mapping[str, Any]] | None
     digests: Mapping[str, str]
+
+    @property
+    def texts(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        """Settings and corpus.json of each corpus: one, or those of a mixture."""
+        block = self.settings["corpus"]
+        return list(zip(block.get("corpora", [block]), self.corpora, strict=True))
 
     def events(self, kind: str) -> list[Mapping[str, Any]]:
         return [line for line in self.metrics if line["event"] == kind]

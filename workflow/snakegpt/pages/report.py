@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -55,7 +55,7 @@ def report_page(evidence: Evidence) -> str:
         "evaluation": _evaluation(evidence),
         "comparison": _comparison(evidence),
         "arithmetic": _arithmetic(evidence),
-        "corpus": _corpus(evidence),
+        "corpora": _corpora(evidence),
         "n_files_shown": FILES_SHOWN,
         "tokens": _tokens(evidence),
         "tokenizer": _tokenizer(evidence),
@@ -81,6 +81,10 @@ def settings_yaml(experiment: str, settings: Mapping[str, Any]) -> str:
     names = {"corpus": corpus.pop("name"), "tokenizer": tokenizer.pop("name")}
     blocks = ("model", "training", "evaluation", "sampling")
     tree: dict[str, Any] = {"scale": scale, "corpora": {names["corpus"]: corpus}}
+    if "corpora" in corpus:
+        parts = {part["name"]: dict(part) for part in corpus.pop("corpora")}
+        tree["corpora"] = {n: {k: v for k, v in p.items() if k != "name"} for n, p in parts.items()}
+        tree["mixtures"] = {names["corpus"]: corpus}
     tree["tokenizers"] = {names["tokenizer"]: tokenizer}
     tree["experiments"] = {
         experiment: {
@@ -195,6 +199,10 @@ def _evaluation(evidence: Evidence) -> dict[str, Any]:
         {"name": "best on validation", "step": f"{end['best_step']:,}", **found["best"]},
         {"name": "last", "step": f"{end['step']:,}", **found["weights"]},
     ]
+    rows += [
+        {"name": f"best, on {block['name']}", "step": f"{end['best_step']:,}", **part["best"]}
+        for (block, _), part in zip(evidence.texts, found.get("sets", []), strict=False)
+    ]
     n_vocab = evidence.tokenizer["n_vocab"]
     uniform = math.log(n_vocab)
     rows.append(
@@ -277,8 +285,19 @@ def _arithmetic(evidence: Evidence) -> str:
     return text
 
 
-def _corpus(evidence: Evidence) -> dict[str, Any]:
-    block, files = evidence.settings["corpus"], evidence.corpus["files"]
+def _corpora(evidence: Evidence) -> list[dict[str, Any]]:
+    weights = evidence.settings["corpus"].get("weights", {})
+    whole = sum(weights.values())
+    return [
+        {
+            **_corpus(block, found["files"]),
+            "share": f"{weights[block['name']] / whole:.3g}" if weights else None,
+        }
+        for block, found in evidence.texts
+    ]
+
+
+def _corpus(block: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     source = block.get("source") or {}
     where = {
         "registry": lambda s: f"the archive of the package {s['package']}, by {s['registry']}",
@@ -389,13 +408,16 @@ def _chain(evidence: Evidence) -> list[dict[str, Any]]:
         for action in evidence.provenance or ()
         for path, sha256 in action["outputs"].items()
     }
-    files = evidence.corpus["files"]
+    corpora = [
+        ("Corpus", evidence.digests.get(f"corpus {k}"),
+         f"{block['name']}: the list of its {len(found['files']):,} files, each with its own sha256")
+        for k, (block, found) in enumerate(evidence.texts)
+    ]  # fmt: skip
     tokens = sum(split["n_tokens"] for split in evidence.tokens["splits"].values())
     steps, best = f"{evidence.end['step']:,}", f"{evidence.end['best_step']:,}"
     model = published.get(("train_model", "weights.safetensors"))
     links = [
-        ("Corpus", evidence.digests.get("corpus"),
-         f"{evidence.settings['corpus']['name']}: the list of its {len(files):,} files, each with its own sha256"),
+        *corpora,
         ("Tokenizer", evidence.tokenizer["fingerprint"], "the fingerprint that tokens and weights carry"),
         ("Tokens", evidence.digests.get("tokens"), f"the manifest of {tokens:,} tokens, shard by shard"),
         ("Last weights", model, f"after {steps} steps"),

@@ -24,11 +24,11 @@ from snakegpt.pages.evidence import Evidence, summary
 from snakegpt.pages.report import report_page
 from snakegpt.progress import say
 
-REVISION = 2  # bump when templates/ change: tests/test_pages.py tells
+REVISION = 3  # bump when templates/ change: tests/test_pages.py tells
 SCIENCE = ("snakegpt.pages.evidence", "snakegpt.pages.report")
 
 ROLES = {
-    "corpus": "corpus.json",
+    "corpus": "corpus.json; of a mixture one a corpus",
     "tokenizer": "tokenizer.json",
     "tokens": "manifest.json of the tokens",
     "plan": "plan.json",
@@ -43,18 +43,19 @@ ROLES = {
 def build_report(
     experiment: str,
     settings: dict[str, Any],
-    files: dict[str, Path],
+    files: dict[str, list[Path]],
     provenance: Path | None,
     out: Path,
 ) -> None:
     """Write report.html and summary.json to `out`.
 
     settings    the experiment's blocks, labels included
-    files       role -> file, see ROLES
+    files       role -> file, see ROLES; several for a mixture's corpora
     provenance  records of the runs behind those files; None leaves them out
     raises      UserError if a file is damaged, or if weights and tokenizer do not belong together
     """
-    found = {role: _read(path) for role, path in files.items()}
+    only = {role: only_path(paths, role) for role, paths in files.items() if role != "corpus"}
+    found = {role: _read(path) for role, path in only.items()}
     fingerprints = {
         "the tokenizer": found["tokenizer"]["fingerprint"],
         "the tokens": found["tokens"]["tokenizer"]["fingerprint"],
@@ -65,11 +66,11 @@ def build_report(
         told = "\n".join(f"  {what}: {value}" for what, value in fingerprints.items())
         raise UserError(f"the results of {experiment} come from different tokenizers:\n{told}")
     if not any(line["event"] == "end" for line in found["metrics"]):
-        raise UserError(f"{files['metrics']} has no `end`: the training has not finished.")
+        raise UserError(f"{only['metrics']} has no `end`: the training has not finished.")
     evidence = Evidence(
         experiment=experiment,
         settings=settings,
-        corpus=found["corpus"],
+        corpora=[_read(path) for path in files["corpus"]],
         tokenizer=found["tokenizer"],
         tokens=found["tokens"],
         plan=found["plan"],
@@ -78,7 +79,10 @@ def build_report(
         evaluation=found["evaluation"],
         samples=found["samples"],
         provenance=_read(provenance)["actions"] if provenance else None,
-        digests={role: file_digest(path) for role, path in files.items()},
+        digests={
+            **{role: file_digest(path) for role, path in only.items()},
+            **{f"corpus {k}": file_digest(path) for k, path in enumerate(files["corpus"])},
+        },
     )
     (out / "report.html").write_text(report_page(evidence), encoding="utf-8")
     write_json(out / "summary.json", summary(evidence))
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     build_report(
         experiment,
         args.settings["settings"],
-        {role: only_path(getattr(args, role), role) for role in ROLES},
+        {role: getattr(args, role) for role in ROLES},
         Path(provenance) if provenance else None,
         args.out,
     )

@@ -1,9 +1,9 @@
 """Measure a trained model on the validation split: loss, perplexity and bits per byte.
 
 Reads: last and best weights (safetensors), their config.json, the tokens' manifest.json and the
-tokenizer. Writes: evaluation.json, the scores of both. The whole split in order, in float32 on any
-device; the end-of-text id decodes to no byte, so its loss counts in loss_nats but not in
-bits_per_byte. By hand:
+tokenizer. Writes: evaluation.json, the scores of both, of a mixture also corpus by corpus (`sets`, in
+the order of its weights). The whole split in order, in float32 on any device; the end-of-text id
+decodes to no byte, so its loss counts in loss_nats but not in bits_per_byte. By hand:
 
     python -m snakegpt.stages.evaluate_model --weights results/models/gpt2/weights.safetensors \\
         --best results/models/gpt2/best.safetensors --config results/models/gpt2/config.json \\
@@ -28,7 +28,7 @@ from snakegpt.huggingface_format import load_model
 from snakegpt.progress import Progress, say
 from snakegpt.settings import Evaluation
 from snakegpt.tokenizers import load as load_tokenizer
-from snakegpt.tokens import open_split, read_manifest, require_same_tokenizer
+from snakegpt.tokens import open_sets, read_manifest, require_same_tokenizer
 
 REVISION = 1
 SCIENCE = (
@@ -65,20 +65,20 @@ def evaluate_model(
         fingerprint, str(config), manifest["tokenizer"]["fingerprint"], str(tokens)
     )
     require_same_tokenizer(fingerprint, str(config), loaded.fingerprint, str(tokenizer))
-    stream = open_split(tokens, manifest, "val")
-    if len(stream) < 2:
+    streams = [part.stream for part in open_sets(tokens, manifest, "val")]
+    if any(len(stream) < 2 for stream in streams):
         raise UserError(f"the validation split of {tokens} has no token to predict.")
-    total = (
-        len(stream) - 1 if evaluation.tokens is None else min(evaluation.tokens, len(stream) - 1)
-    )
+    total = sum(min(len(stream) - 1, evaluation.tokens or len(stream)) for stream in streams)
 
-    def score(file: Path, name: str) -> Score:
+    def score(file: Path, name: str) -> tuple[Score, list[Score]]:
         model = load_model(file, described).to(device)
         progress = Progress(f"{label}  {name}", total, "tokens", interval_s=log_interval_s)
         rows = max(1, 2048 // model.shape.context)  # logits of a few thousand tokens at once
         n_bytes, limit = loaded.token_bytes(), evaluation.tokens
         try:
-            found = evaluate(model, stream, n_bytes, rows=rows, n_targets=limit, progress=progress)
+            found, parts = evaluate(
+                model, streams, n_bytes, rows=rows, n_targets=limit, progress=progress
+            )
         except ValueError as error:  # every target ends a text
             raise UserError(
                 f"the validation split of {tokens} cannot be scored: {error}."
@@ -87,11 +87,11 @@ def evaluate_model(
             f"{label}  {name}: loss {found.loss_nats:.4f} nats, perplexity {found.perplexity:.2f},"
             f" {found.bits_per_byte:.4f} bits per byte"
         )
-        return found
+        return found, parts
 
-    last = score(weights, "last weights")
+    last, last_parts = score(weights, "last weights")
     same = filecmp.cmp(weights, best, shallow=False)
-    lowest = last if same else score(best, "best weights")
+    lowest, parts = (last, last_parts) if same else score(best, "best weights")
     result = {
         "split": "val",
         "n_tokens": last.n_tokens,
@@ -100,6 +100,17 @@ def evaluate_model(
         "best": _scores(lowest),
         "tokenizer_fingerprint": fingerprint,
     }
+    if len(streams) > 1:
+        pairs = zip(last_parts, parts, strict=True)
+        result["sets"] = [
+            {
+                "n_tokens": a.n_tokens,
+                "n_bytes": a.n_bytes,
+                "weights": _scores(a),
+                "best": _scores(b),
+            }
+            for a, b in pairs
+        ]
     write_json(out / "evaluation.json", result)
 
 

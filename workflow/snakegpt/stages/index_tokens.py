@@ -5,12 +5,21 @@ Reads: part_*.json of all parts, in order. Writes: manifest.json: tokenizer, spl
 
     python -m snakegpt.stages.index_tokens \\
         --parts results/tokens/shakespeare-gpt2/part_000000.json --out /tmp/tokens
+
+Of a mixture: reads the manifests of several token sets, with the shards beside them. Writes one that
+lists all their shards, names those links to them, and adds `sets`: of each its weight and splits. By hand:
+
+    python -m snakegpt.stages.index_tokens --settings '{"weights": [3, 1]}' \\
+        --sets results/tokens/web-gpt2/manifest.json results/tokens/code-gpt2/manifest.json --out /tmp/mix
 """
 
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
+import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -21,12 +30,12 @@ import numpy as np
 from snakegpt.command import only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.shards import token_bytes
+from snakegpt.tokens import open_split, read_manifest, require_same_tokenizer
 
 REVISION = 2  # 2: statistics
 SCIENCE = ("snakegpt.shards",)
 
 SUMS = ("n_documents", "n_text_bytes", "n_characters")
-
 
 MOST_COMMON = 20  # ids that the manifest names
 
@@ -87,6 +96,75 @@ def index_tokens(parts: list[Path], drops: Path | None = None) -> dict[str, Any]
     }
 
 
+def mix_tokens(sets: list[Path], weights: list[float], out: Path) -> dict[str, Any]:
+    """The manifest of a mixture, whose shards are linked into `out`: the k-th set's as train_<k>_000000.bin.
+
+    sets     manifests, one a corpus, in the order of the weights
+    raises   UserError if they are of several tokenizers, or a shard is not what its manifest says
+    """
+    if len(sets) != len(weights):
+        raise UserError(f"--sets has {len(sets)} manifests, but there are {len(weights)} weights.")
+    contents = [read_manifest(path) for path in sets]
+    tokenizer = contents[0]["tokenizer"]
+    for path, content in zip(sets, contents, strict=True):
+        found = content["tokenizer"]["fingerprint"]
+        require_same_tokenizer(tokenizer["fingerprint"], str(sets[0]), found, str(path))
+    described: list[dict[str, Any]] = [{"weight": weight} for weight in weights]
+    splits: dict[str, Any] = {}
+    for split in ("train", "val"):
+        shards: list[dict[str, Any]] = []
+        for number, (path, content) in enumerate(zip(sets, contents, strict=True)):
+            open_split(path, content, split)  # what is linked has been looked at
+            first = len(shards)
+            for index, shard in enumerate(content["splits"][split]["shards"]):
+                name = f"{split}_{number:03d}_{index:06d}.bin"
+                _link(path.parent / shard["name"], out / name)
+                shards.append({**shard, "name": name})
+            n_tokens = content["splits"][split]["n_tokens"]
+            described[number][split] = {
+                "n_tokens": n_tokens,
+                "shards": [first, len(shards)],
+                **{name: content["splits"][split][name] for name in SUMS},
+            }
+        found = [content["splits"][split] for content in contents]
+        n_bytes, n_tokens = (
+            sum(part[name] for part in found) for name in ("n_text_bytes", "n_tokens")
+        )
+        splits[split] = {
+            "n_tokens": n_tokens,
+            "shards": shards,
+            **{name: sum(part[name] for part in found) for name in SUMS},
+            "lengths": _lengths(found),
+            "bytes_per_token": round(n_bytes / n_tokens, 4) if n_tokens else None,
+        }
+    dropped: Counter[str] = Counter()
+    for content in contents:
+        dropped.update(content["dropped"])
+    return {
+        "sets": described,
+        "tokenizer": tokenizer,
+        "dtype": contents[0]["dtype"],
+        "splits": splits,
+        "dropped": dict(dropped),
+        "replaced_bytes": sum(content["replaced_bytes"] for content in contents),
+    }
+
+
+def _link(source: Path, link: Path) -> None:
+    """Another name for the bytes of a file, which costs no disk; a copy where that is not possible.
+
+    Of a file that may be written to it is a copy too: its bytes would change with it.
+    """
+    if not source.stat().st_mode & 0o222:
+        try:
+            os.link(source.resolve(), link)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+                raise
+    shutil.copyfile(source, link)
+
+
 def _lengths(parts: list[dict[str, Any]]) -> dict[str, int]:
     """Documents by length: the largest power of two that is not above their tokens -> how many."""
     total: Counter[int] = Counter()
@@ -117,9 +195,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    roles = {"parts": "part_*.json of all parts, in order", "drops": "drops.json, if there is one"}
+    roles = {
+        "parts": "part_*.json of all parts, in order",
+        "drops": "drops.json, if there is one",
+        "sets": "manifest.json of each token set of a mixture, instead of parts",
+    }
     args = stage_parser(__doc__, roles).parse_args(argv)
-    manifest = index_tokens(args.parts, only_path(args.drops, "drops") if args.drops else None)
+    if args.sets:
+        args.out.mkdir(parents=True, exist_ok=True)
+        manifest = mix_tokens(args.sets, args.settings.get("weights", []), args.out)
+    else:
+        manifest = index_tokens(args.parts, only_path(args.drops, "drops") if args.drops else None)
     args.out.mkdir(parents=True, exist_ok=True)
     write_json(args.out / "manifest.json", manifest)
 

@@ -28,10 +28,11 @@ def corpora_in_use(settings: Settings) -> list[str]:
     """The corpora that the default experiments read, also through their tokenizers."""
     names: list[str | None] = []
     for experiment in (settings.experiments[name] for name in settings.default_experiments):
-        names.append(experiment.corpus)
         names.append(getattr(settings.tokenizers[experiment.tokenizer], "corpus", None))
-        screened = settings.corpus(experiment.corpus).decontaminate
-        names += screened.against if screened else []
+        for corpus in settings.shares(experiment.corpus):
+            names.append(corpus)
+            screened = settings.corpus(corpus).decontaminate
+            names += screened.against if screened else []
     return list(dict.fromkeys(name for name in names if name))
 
 

@@ -26,7 +26,7 @@ from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.settings import Execution, Model, Training
-from snakegpt.tokens import open_split, read_manifest
+from snakegpt.tokens import open_sets, read_manifest
 from snakegpt.trainer import Launch, Recipe, Trainer
 
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
@@ -67,8 +67,8 @@ def train_model(
         )
     device = distributed.choose_device(execution.device)
     ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
-    train, validation = (open_split(tokens, manifest, split) for split in ("train", "val"))
-    if len(validation) < 2:
+    train, validation = (open_sets(tokens, manifest, split) for split in ("train", "val"))
+    if any(len(part.stream) < 2 for part in validation):
         raise UserError(f"the validation split of {tokens} has no token to predict.")
     if ranks > 1 and not distributed.is_rank():
         environment = {}

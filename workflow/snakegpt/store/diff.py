@@ -107,11 +107,12 @@ def _experiment(pipeline: Pipeline, name: str) -> Side:
 def _request(pipeline: Pipeline, stage: str, experiment: str) -> Request:
     chosen = pipeline.settings.experiment(experiment)
     tokens = {"corpus": chosen.corpus, "tokenizer": chosen.tokenizer}
-    part = min(pipeline.parts(chosen.corpus))
+    first = next(iter(pipeline.settings.shares(chosen.corpus)))  # of a mixture
+    part = min(pipeline.parts(first))
     wildcards = {
-        "fetch_corpus": {"corpus": chosen.corpus},
+        "fetch_corpus": {"corpus": first},
         "build_tokenizer": {"tokenizer": chosen.tokenizer},
-        "encode_tokens": {**tokens, "part": part},
+        "encode_tokens": {**tokens, "corpus": first, "part": part},
         "index_tokens": tokens,
     }
     return pipeline.request(stage, wildcards.get(stage, {"experiment": experiment}))
