@@ -58,12 +58,12 @@ def token_set(folder, cuts=(5, 11), n_vocab=10, documents=None):
     return path
 
 
-def export(manifest, form, out):
-    return stage("export_tokens", {}, out, "--tokens", manifest, "--format", form)
+def export(manifest, form, out, *more):
+    return stage("export_tokens", {}, out, "--tokens", manifest, "--format", form, *more)
 
 
-def exported(tmp_path, form, **how):
-    done = export(token_set(tmp_path / "tokens", **how), form, tmp_path / "out")
+def exported(tmp_path, form, *more, **how):
+    done = export(token_set(tmp_path / "tokens", **how), form, tmp_path / "out", *more)
     assert done.returncode == 0, done.stderr
     return tmp_path / "out"
 
@@ -73,6 +73,32 @@ def refused(tmp_path, form, **how):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     return done.stderr
+
+
+def test_packed_shards_have_one_size_and_the_same_tokens(tmp_path):
+    out = exported(tmp_path, "shards", "--shard-tokens", "4")
+    manifest = json.loads((out / "manifest.json").read_text())
+    for split in ("train", "val"):
+        read, sizes = [], []
+        for entry in manifest["splits"][split]["shards"]:
+            content = (out / entry["name"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+            words = np.frombuffer(content[:1024], "<i4")
+            assert (words[0], words[1]) == (20240520, 1)
+            read += np.frombuffer(content[1024:], "<u2").tolist()
+            sizes.append(int(words[2]))
+        assert read == ids_of(split)
+        assert sizes[:-1] == [4] * (len(sizes) - 1) and 0 < sizes[-1] <= 4
+    assert json.loads((out / "export.json").read_text())["splits"]["train"]["n_documents"] == 5
+
+
+def test_packed_shards_of_more_than_a_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 3)
+    path = token_set(tmp_path / "tokens", n_vocab=70_000)
+    progress = module.Progress("x", 100, "tokens", interval_s=100)
+    module.export_tokens(path, "shards", tmp_path / "out", progress, 5)
+    content = (tmp_path / "out/train_000001.bin").read_bytes()
+    assert np.frombuffer(content[1024:], "<u4").tolist() == ids_of("train")[5:10]
 
 
 # ---- readers from the descriptions ----

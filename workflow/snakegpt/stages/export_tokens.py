@@ -2,6 +2,8 @@
 
 Reads: manifest.json and the shards beside it. Writes, little-endian, one stream a split:
 
+shards      train_000000.bin, ..., val_000000.bin, ...: the same layout as here and llm.c's, packed to
+            --shard-tokens each but the last, and a manifest.json of them
 nanogpt     train.bin, val.bin: uint16 ids and nothing else
 megatron    train.bin, train.idx, val.bin, val.idx: Megatron-core's IndexedDataset, prefixes `train` and `val`
             .bin  uint16 ids, int32 where an id takes more
@@ -23,6 +25,7 @@ own tools put it last. A file appears under its name when it is whole. By hand:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import struct
@@ -40,23 +43,27 @@ from snakegpt.command import how_to_run, only_path, stage_parser, write_json
 from snakegpt.durable import sync, write_atomically
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.progress import Progress, quantity
+from snakegpt.shards import HEADER_BYTES, MOST_TOKENS, header
 from snakegpt.tokens import open_split, read_manifest
 
 CHUNK_TOKENS = 1 << 20  # in memory at once
+SHARD_TOKENS = 100_000_000  # as llm.c and modded-nanogpt make them
 LONGEST_DOCUMENT = 2**31 - 1  # tokens; Megatron counts them in int32
 
 
 class Split(NamedTuple):
     """One split on its way out.
 
-    stem    of its files, `train` or `val`
-    add     to call after each chunk, with the tokens done
+    stem          of its files, `train` or `val`
+    add           to call after each chunk, with the tokens done
+    shard_tokens  of each packed shard
     """
 
     stem: str
     stream: TokenStream
     tokenizer: dict[str, Any]
     add: Callable[[int], None]
+    shard_tokens: int
 
     @property
     def id_bytes(self) -> int:
@@ -83,11 +90,14 @@ class Split(NamedTuple):
                 self.add(len(ids))
 
 
-def export_tokens(manifest_path: Path, form: str, out: Path, progress: Progress) -> dict[str, Any]:
+def export_tokens(
+    manifest_path: Path, form: str, out: Path, progress: Progress, shard_tokens: int = SHARD_TOKENS
+) -> dict[str, Any]:
     """Write both splits in a layout to `out`; returns the content of export.json.
 
-    progress  counts tokens
-    raises    UserError for ids that the layout cannot hold, and what `open_split` raises
+    progress      counts tokens
+    shard_tokens  of each packed shard
+    raises        UserError for ids that the layout cannot hold, and what `open_split` raises
     """
     manifest = read_manifest(manifest_path)
     done = 0
@@ -102,7 +112,7 @@ def export_tokens(manifest_path: Path, form: str, out: Path, progress: Progress)
         stream = open_split(manifest_path, manifest, name)
         if not len(stream):
             raise UserError(f"the {name} split of {manifest_path} holds no token.")
-        splits.append(Split(name, stream, manifest["tokenizer"], add))
+        splits.append(Split(name, stream, manifest["tokenizer"], add, shard_tokens))
     for split in splits:
         _check(split, form, manifest_path)
     out.mkdir(parents=True, exist_ok=True)
@@ -115,6 +125,11 @@ def export_tokens(manifest_path: Path, form: str, out: Path, progress: Progress)
                 {"name": f.path.name, "sha256": f.sha256, "bytes": f.n_bytes} for f in written
             )
             described[split.stem] = {"n_tokens": len(split.stream), "n_documents": n_documents}
+        if form == "shards":
+            with HashedFile(aside / "manifest.json") as listing:
+                listing.write(_packed(manifest, files, splits))
+            told = {"sha256": listing.sha256, "bytes": listing.n_bytes}
+            files.append({"name": "manifest.json", **told})
         export = {
             "format": form,
             "tokenizer": manifest["tokenizer"],
@@ -130,7 +145,25 @@ def export_tokens(manifest_path: Path, form: str, out: Path, progress: Progress)
     return export
 
 
+def _packed(manifest: dict[str, Any], files: list[dict[str, Any]], splits: list[Split]) -> bytes:
+    """The manifest of packed shards: that of the token set, with other shards."""
+    changed = {}
+    for split in splits:
+        shards = [
+            {**file, "n_tokens": (file["bytes"] - HEADER_BYTES) // split.id_bytes}
+            for file in files
+            if file["name"].startswith(split.stem)
+        ]
+        changed[split.stem] = {**manifest["splits"][split.stem], "shards": shards}
+    packed = {k: v for k, v in manifest.items() if k != "sets"} | {"splits": changed}
+    return json.dumps(packed, indent=2).encode("utf-8")
+
+
 def _check(split: Split, form: str, manifest_path: Path) -> None:
+    if not 0 < split.shard_tokens <= MOST_TOKENS:
+        raise UserError(
+            f"--shard-tokens = {split.shard_tokens:,} is not between 1 and {MOST_TOKENS:,}."
+        )
     if form == "nanogpt" and split.id_bytes > 2:
         raise UserError(
             f"{manifest_path} has ids of {8 * split.id_bytes} bits (vocabulary"
@@ -154,6 +187,28 @@ def _folder_aside(out: Path) -> Iterator[Path]:
 # Each writes the files of a split to a folder, and returns them with the number of documents.
 
 Written = tuple[list[HashedFile], int]
+
+
+def _shards(split: Split, folder: Path) -> Written:
+    n_documents, n_tokens = 0, len(split.stream)
+    fingerprint, dtype = split.tokenizer["fingerprint"], f"<u{split.id_bytes}"
+    written: list[HashedFile] = []
+    with contextlib.ExitStack() as opened:
+        room = 0
+        for ids, starts in split.chunks():
+            n_documents += len(starts)
+            while len(ids):
+                if not room:
+                    opened.close()
+                    room = min(split.shard_tokens, n_tokens)
+                    n_tokens -= room
+                    path = folder / f"{split.stem}_{len(written):06d}.bin"
+                    written.append(opened.enter_context(HashedFile(path)))
+                    written[-1].write(header(room, fingerprint, split.id_bytes))
+                taken, ids = ids[:room], ids[room:]
+                written[-1].write(np.ascontiguousarray(taken, dtype=dtype).data)
+                room -= len(taken)
+    return written, n_documents
 
 
 def _nanogpt(split: Split, folder: Path) -> Written:
@@ -227,6 +282,7 @@ def _bounds(kept: BinaryIO, n_documents: int) -> Iterator[NDArray[np.int64]]:
 
 
 _WRITERS: dict[str, Callable[[Split, Path], Written]] = {
+    "shards": _shards,
     "nanogpt": _nanogpt,
     "megatron": _megatron,
     "datatrove": _datatrove,
@@ -237,6 +293,10 @@ _WRITERS: dict[str, Callable[[Split, Path], Written]] = {
 def main(argv: list[str] | None = None) -> None:
     parser = stage_parser(__doc__, {"tokens": "manifest.json, its shards beside it"})
     parser.add_argument("--format", required=True, choices=_WRITERS, help="layout to write")
+    add = parser.add_argument
+    add(
+        "--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="shards: tokens of each"
+    )
     args = parser.parse_args(argv)
     how = how_to_run(args, "export_tokens")
     manifest_path = only_path(args.tokens, "tokens")
@@ -244,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     total = sum(split["n_tokens"] for split in splits.values())
     label, interval_s = f"{how.label} {args.format}", how.settings.log_interval_s
     progress = Progress(label, total, "tokens", interval_s=interval_s)
-    export_tokens(manifest_path, args.format, args.out, progress)
+    export_tokens(manifest_path, args.format, args.out, progress, args.shard_tokens)
 
 
 if __name__ == "__main__":
