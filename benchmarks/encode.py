@@ -1,6 +1,6 @@
 """Text to token shards against the plain tiktoken loop and nanoGPT's way, on the same text.
 
-    python benchmarks/encode.py                     made-up text of words, 100 MB
+    python benchmarks/encode.py                     the text files of this Python and its packages, 110 MB
     python benchmarks/encode.py --text a.jsonl      your own: one JSON object with "text" a line
 
 CPU seconds count, children included, so that a shared machine does less harm. nanoGPT's way is its
@@ -15,6 +15,7 @@ import random
 import resource
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -60,25 +61,27 @@ print(time.process_time() - started)
 """
 
 
-def make_text(path: Path, n_bytes: int) -> None:
-    """Documents of English-like words whose frequencies fall as Zipf's, with numbers and punctuation."""
-    draw = random.Random(0)
-    letters = "etaoinshrdlucmfwypvbgkjqxz"
-    weights = [1 / (rank + 2) for rank in range(len(letters))]
-    words = [
-        "".join(draw.choices(letters, weights, k=draw.choice((1, 2, 3, 4, 5, 6, 7, 9, 11))))
-        for _ in range(60_000)
-    ]
-    frequencies = [1 / (rank + 3) for rank in range(len(words))]
+TEXTS = {".py", ".pyi", ".md", ".rst", ".txt", ".h", ".c", ".html", ".js", ".css", ".json", ".xml"}
+
+
+def gather_text(path: Path, n_bytes: int) -> None:
+    """Text files of this Python and its packages in random order, one a line: code, docs, data."""
+    folders = [Path(sysconfig.get_paths()[name]) for name in ("purelib", "stdlib")]
+    files = [file for folder in folders for file in sorted(folder.rglob("*"))]
+    random.Random(0).shuffle(files)
     written = 0
-    with path.open("w", encoding="utf-8") as file:
-        while written < n_bytes:
-            found = draw.choices(words, frequencies, k=draw.randint(50, 2000))
-            for index in range(7, len(found), 11):
-                found[index] += draw.choice((",", ".", ".\n", "'s", f" {draw.randint(0, 2100)}"))
-            line = json.dumps({"text": " ".join(found)}) + "\n"
-            file.write(line)
-            written += len(line)
+    with path.open("w", encoding="utf-8") as out:
+        for file in files:
+            if file.suffix not in TEXTS or not 0 < file.stat().st_size < 2_000_000:
+                continue
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+            out.write(json.dumps({"text": text}) + "\n")
+            written += len(text)
+            if written >= n_bytes:
+                return
 
 
 def cpu_of(
@@ -128,7 +131,7 @@ class Encode:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--text", type=Path, help="JSON lines with a key `text`")
-    made.add_argument("--megabytes", type=float, default=100, help="of made-up text")
+    made.add_argument("--megabytes", type=float, default=110, help="of text to gather")
     made.add_argument("--nanogpt", action="store_true", help="also nanoGPT's way (needs datasets)")
     args = made.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -139,7 +142,7 @@ def main() -> None:
         if args.text:
             os.symlink(args.text.absolute(), text)
         else:
-            make_text(text, int(args.megabytes * 1e6))
+            gather_text(text, int(args.megabytes * 1e6))
         corpus = folder / "corpus/corpus.json"
         corpus.write_text(json.dumps({"files": [{"path": "a.jsonl"}]}))
         tokenizer = folder / "tokenizer.json"

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import orjson
+
 from snakegpt.errors import UserError
 from snakegpt.formats import JSON_LINES, PARQUET, kind_of
 from snakegpt.settings import Closed
@@ -496,8 +498,11 @@ def _json_lines(
                         f"{where} is longer than {MOST_LINE_BYTES:,} bytes, the most for a JSON line.\n"
                         "  put such a text into a file of its own (.txt), which has no limit"
                     )
-                if line.strip():
-                    row = _row(_decode(line, str(path), settings, counts, offset), where, settings)
+                if not line.isspace():
+                    row = _quick_row(line, settings)
+                    if row is None:
+                        content = _decode(line, str(path), settings, counts, offset)
+                        row = _row(content, where, settings)
                     text = _as_text(row.pop(settings.text_column), where, settings, counts)
                     document = Document(text)
                     if keep.keeps(document, row, where):
@@ -505,6 +510,21 @@ def _json_lines(
                 offset += len(line)
     except _damaged() as error:
         raise UserError(f"{path} is damaged: {error}.") from None
+
+
+def _quick_row(line: bytes, settings: TextSettings) -> dict[str, Any] | None:
+    """The row by orjson, in half the time, or None where it may be another than `_row`'s or an error.
+
+    orjson takes no invalid UTF-8, lone surrogates or NaN, and makes floats of integers beyond 64 bits,
+    which only a filter could see.
+    """
+    if settings.filter is not None:
+        return None
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and settings.text_column in row else None
 
 
 def _row(line: str, where: str, settings: TextSettings) -> dict[str, Any]:
