@@ -2,6 +2,7 @@
 
     python benchmarks/encode.py                     the text files of this Python and its packages, 110 MB
     python benchmarks/encode.py --text a.jsonl      your own: one JSON object with "text" a line
+    python benchmarks/encode.py jobs document       two jobs against one, and one document of 5 GB
 
 CPU seconds count, children included, so that a shared machine does less harm. nanoGPT's way is its
 prepare.py restated: datasets.map in two processes, then 1,024 batches into a memory map.
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,43 +131,69 @@ class Encode:
         return b"".join(np.asarray(read_shard(shard)).tobytes() for shard in shards)
 
 
-def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--text", type=Path, help="JSON lines with a key `text`")
-    made.add_argument("--megabytes", type=float, default=110, help="of text to gather")
-    made.add_argument("--nanogpt", action="store_true", help="also nanoGPT's way (needs datasets)")
-    args = made.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = folder / "corpus/files"
+def jobs(folder: Path, text: Path, tokenizer: Path, rounds: int) -> list[Row]:
+    """Wall time of two parts of equal size, one after the other and side by side."""
+    lines = text.read_bytes().splitlines(keepends=True)
+    commands = []
+    for number in range(2):
+        files = folder / f"half-{number}/files"
         files.mkdir(parents=True)
-        text = files / "a.jsonl"
-        if args.text:
-            os.symlink(args.text.absolute(), text)
-        else:
-            gather_text(text, int(args.megabytes * 1e6))
-        corpus = folder / "corpus/corpus.json"
+        (files / "a.jsonl").write_bytes(b"".join(lines[number::2]))
+        corpus = files.parent / "corpus.json"
         corpus.write_text(json.dumps({"files": [{"path": "a.jsonl"}]}))
-        tokenizer = folder / "tokenizer.json"
-        tokenizer.write_text(gpt2_tokenizer(fetch_ranks("r50k_base", "benchmark")).to_json())
-        load(tokenizer)
-        ours = {e: Encode(folder, corpus, tokenizer, e) for e in ("tiktoken", "gigatoken")}
-        arguments = [str(text), str(tokenizer)]
+        commands.append(Encode(folder / f"half-{number}", corpus, tokenizer, "tiktoken").command)
 
-        def plain() -> float:
-            return float(cpu_of([sys.executable, "-c", PLAIN, *arguments])[1])
+    def run(at_once: int) -> float:
+        started = time.perf_counter()
+        for first in range(0, 2, at_once):
+            quiet = {"stderr": subprocess.DEVNULL}
+            running = [subprocess.Popen(c, **quiet) for c in commands[first : first + at_once]]
+            assert not any(process.wait() for process in running)
+        return time.perf_counter() - started
 
-        sides: dict[str, Callable[[], float]] = {"plain": plain, **ours}
-        if args.nanogpt:
+    figures = medians(in_turn(rounds, one=lambda: run(1), two=lambda: run(2)))
+    ratio = figures["one"] / figures["two"]
+    what = "two jobs at once, against one after the other"
+    return [Row(what, "s", figures, ratio, "at least 1.8", ratio >= 1.8)]
 
-            def nanogpt() -> float:
-                with tempfile.TemporaryDirectory(dir=folder) as cache:
-                    return cpu_of([sys.executable, "-c", NANOGPT, *arguments, cache])[0]
 
-            sides["nanogpt"] = nanogpt
-        figures = medians(in_turn(args.rounds, **sides))
-        assert ours["tiktoken"].ids() == ours["gigatoken"].ids(), "the engines differ"
-        n_bytes = text.stat().st_size
+def document(folder: Path, text: Path, tokenizer: Path, gigabytes: float) -> list[Row]:
+    """Peak memory of one job whose only document has so many bytes."""
+    texts = [json.loads(line)["text"] for line in text.open(encoding="utf-8")]
+    piece = "\n".join(texts).encode("utf-8")
+    files = folder / "large/files"
+    files.mkdir(parents=True)
+    with (files / "a.txt").open("wb") as file:
+        for _ in range(round(gigabytes * 1e9 / len(piece)) or 1):
+            file.write(piece)
+    corpus = files.parent / "corpus.json"
+    corpus.write_text(json.dumps({"files": [{"path": "a.txt"}]}))
+    run = Encode(folder / "large", corpus, tokenizer, "auto")
+    seconds, n_bytes = run(), (files / "a.txt").stat().st_size
+    what = f"peak memory, one document of {n_bytes / 1e9:.1f} GB, {seconds:.0f} CPU s"
+    figure, met = {"auto": run.memory}, run.memory <= 600
+    return [Row(what, "MB", figure, run.memory, "at most 600", met)]
+
+
+def speed(folder: Path, corpus: Path, text: Path, tokenizer: Path, args: Namespace) -> list[Row]:
+    """CPU seconds and memory of both engines against the peers."""
+    ours = {e: Encode(folder, corpus, tokenizer, e) for e in ("tiktoken", "gigatoken")}
+    arguments = [str(text), str(tokenizer)]
+
+    def plain() -> float:
+        return float(cpu_of([sys.executable, "-c", PLAIN, *arguments])[1])
+
+    sides: dict[str, Callable[[], float]] = {"plain": plain, **ours}
+    if args.nanogpt:
+
+        def nanogpt() -> float:
+            with tempfile.TemporaryDirectory(dir=folder) as cache:
+                return cpu_of([sys.executable, "-c", NANOGPT, *arguments, cache])[0]
+
+        sides["nanogpt"] = nanogpt
+    figures = medians(in_turn(args.rounds, **sides))
+    assert ours["tiktoken"].ids() == ours["gigatoken"].ids(), "the engines differ"
+    n_bytes = text.stat().st_size
     rows = []
     bars = {
         "plain": {"tiktoken": 1.0, "gigatoken": 8.0},
@@ -179,6 +208,40 @@ def main() -> None:
     for engine, run in ours.items():
         what, met = f"peak memory, {engine}", run.memory <= 600
         rows.append(Row(what, "MB", {engine: run.memory}, run.memory, "at most 600", met))
+    return rows
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("which", nargs="*", metavar="BENCHMARK", help="speed jobs document")
+    made.add_argument("--gigabytes", type=float, default=5, help="of the one document")
+    made.add_argument("--folder", type=Path, help="where to work; default: the temporary folder")
+    made.add_argument("--text", type=Path, help="JSON lines with a key `text`")
+    made.add_argument("--megabytes", type=float, default=110, help="of text to gather")
+    made.add_argument("--nanogpt", action="store_true", help="also nanoGPT's way (needs datasets)")
+    args = made.parse_args()
+    which = args.which or ["speed"]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        files = folder / "corpus/files"
+        files.mkdir(parents=True)
+        text = files / "a.jsonl"
+        if args.text:
+            os.symlink(args.text.absolute(), text)
+        else:
+            gather_text(text, int(args.megabytes * 1e6))
+        corpus = folder / "corpus/corpus.json"
+        corpus.write_text(json.dumps({"files": [{"path": "a.jsonl"}]}))
+        tokenizer = folder / "tokenizer.json"
+        tokenizer.write_text(gpt2_tokenizer(fetch_ranks("r50k_base", "benchmark")).to_json())
+        load(tokenizer)
+        if "speed" in which:
+            rows += speed(folder, corpus, text, tokenizer, args)
+        if "jobs" in which:
+            rows += jobs(folder, text, tokenizer, args.rounds)
+        if "document" in which:
+            rows += document(folder, text, tokenizer, args.gigabytes)
     finish(rows, as_json=args.json)
 
 
