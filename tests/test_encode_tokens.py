@@ -65,7 +65,8 @@ def test_position_takes_the_tail_of_every_document(tmp_path):
     train = part["splits"]["train"]
     assert (train["n_documents"], train["n_characters"], train["n_text_bytes"]) == (2, 24, 24)
     content = (out / "train_000007.bin").read_bytes()
-    assert train["shard"] == {
+    (shard,) = train["shards"]
+    assert shard == {
         "name": "train_000007.bin",
         "n_tokens": 26,
         **{key: value for key, value in pin("", content).items() if key != "path"},
@@ -201,3 +202,32 @@ def test_more_characters_than_uint16_counts_are_uint32_ids_that_batches_read(tmp
     val = open_split(out / "manifest.json", manifest, "val")
     assert val.read(len(val) - 3, len(val)).tolist() == [65_534, 65_535, 65_536]
     assert val.read(0, 1).tolist() == [0]
+
+
+def test_what_a_header_cannot_count_goes_on_in_a_further_shard(tmp_path, monkeypatch):
+    """As if a header counted to 1,000: the stage in this process, read back as one stream."""
+    from snakegpt import shards
+    from snakegpt.stages import encode_tokens, index_tokens
+
+    corpus = write_corpus(tmp_path, {"a.txt": b"the cat sat on the mat " * 200})
+    tokenizer, settings = write_tokenizer(tmp_path), {"validation": POSITION}
+    words = [
+        "--corpus",
+        str(corpus),
+        "--tokenizer",
+        str(tokenizer),
+        "--settings",
+        json.dumps(settings),
+    ]
+    encode_tokens.main([*words, "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(shards, "MOST_TOKENS", 1000)
+    encode_tokens.main([*words, "--out", str(tmp_path / "cut")])
+    read = {}
+    for name in ("whole", "cut"):
+        folder = tmp_path / name
+        manifest = index_tokens.index_tokens([folder / "part_000000.json"])
+        stream = open_split(folder / "manifest.json", manifest, "train")
+        read[name] = stream.read(0, len(stream)).tolist()
+    assert read["cut"] == read["whole"] and len(read["cut"]) > 4000
+    names = [shard["name"] for shard in manifest["splits"]["train"]["shards"]]
+    assert names == ["train_000000.bin", *(f"train_000000_{n}.bin" for n in range(1, 5))]

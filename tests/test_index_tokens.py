@@ -31,7 +31,7 @@ def part(number, train=(10, 2), val=(5, 1), fingerprint="a" * 64, empty=0, repla
         }
         n_characters = 3 * n_tokens
         return {
-            "shard": shard,
+            "shards": [shard],
             "n_documents": n_documents,
             "n_text_bytes": 4 * n_tokens,
             "n_characters": n_characters,

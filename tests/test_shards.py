@@ -122,7 +122,7 @@ def test_more_tokens_than_the_header_can_count_are_refused(tmp_path):
     with ShardWriter(tmp_path / "x.bin", FINGERPRINT) as writer:
         writer.n_tokens = 2**31 - 2
         writer.add([1])
-        with pytest.raises(UserError, match="lower part_bytes"):
+        with pytest.raises(UserError, match="all that its header can count"):
             writer.add([1])
 
 

@@ -9,6 +9,7 @@ Above 65,536 ids: magic 20240801, version 7, 4 bytes a token and uint32 ids, as 
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,8 +74,8 @@ class ShardWriter:
         tokens = np.asarray(ids, dtype=f"<u{self.token_bytes}")
         if self.n_tokens + len(tokens) > MOST_TOKENS:
             raise UserError(
-                f"{self.path.name} would hold more than {MOST_TOKENS:,} tokens.\n"
-                "  lower part_bytes of the corpus; a part makes one shard a split"
+                f"{self.path.name} would hold more than {MOST_TOKENS:,} tokens,"
+                " which is all that its header can count"
             )
         self._ids.write(tokens.tobytes())
         self.n_tokens += len(tokens)
@@ -101,6 +102,53 @@ class ShardWriter:
     def shard(self) -> Shard:
         """Name, digest and size of the finished file."""
         return Shard(self.path.name, self._sha256, self._n_bytes, self.n_tokens)
+
+
+class ShardSeries:
+    """A shard, and where that cannot count all its tokens further ones: a.bin, a_1.bin, a_2.bin, ..."""
+
+    def __init__(self, path: Path, fingerprint: str, n_vocab: int = UINT16_IDS) -> None:
+        self._first, self._kind = path, (fingerprint, n_vocab)
+        self._opened = contextlib.ExitStack()
+        self._writers: list[ShardWriter] = []
+
+    def _begin(self) -> None:
+        self._opened.close()  # the one before is complete
+        number = len(self._writers)
+        name = f"{self._first.stem}_{number}.bin" if number else self._first.name
+        writer = ShardWriter(self._first.with_name(name), *self._kind)
+        self._writers.append(self._opened.enter_context(writer))
+
+    def add(self, ids: NDArray[np.integer]) -> None:
+        """Append ids."""
+        while len(ids):
+            room = MOST_TOKENS - self._writers[-1].n_tokens
+            if not room:
+                self._begin()
+                continue
+            self._writers[-1].add(ids[:room])
+            ids = ids[room:]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(writer.n_tokens for writer in self._writers)
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The finished files."""
+        return [writer.shard for writer in self._writers]
+
+    def __enter__(self) -> ShardSeries:
+        self._begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
 
 
 def header(n_tokens: int, fingerprint: str, token_bytes: int = 2) -> bytes:

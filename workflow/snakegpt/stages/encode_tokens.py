@@ -2,7 +2,7 @@
 
 Reads: the raw files of the part, found through corpus.json, and tokenizer.json. Writes:
 train_<part>.bin and val_<part>.bin (uint16, above 65,536 ids uint32, little-endian, after the 1,024-byte
-header of llm.c) and part_<part>.json, which says what they hold. Every document starts with the end-of-text id. By hand:
+header of llm.c; what no header can count goes on in train_<part>_1.bin) and part_<part>.json, which says what they hold. Every document starts with the end-of-text id. By hand:
 
     python -m snakegpt.stages.encode_tokens --corpus results/corpora/shakespeare/corpus.json \\
         --tokenizer results/tokenizers/gpt2/tokenizer.json --out /tmp/tokens \\
@@ -30,7 +30,7 @@ from snakegpt.engines import Engine, encoder
 from snakegpt.errors import reports_errors
 from snakegpt.progress import Progress, quantity
 from snakegpt.settings import Validation
-from snakegpt.shards import ShardWriter
+from snakegpt.shards import ShardSeries
 from snakegpt.sources.corpora import Source, sources_of
 from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import Tokenizer, load
@@ -38,7 +38,7 @@ from snakegpt.tokenizers import Tokenizer, load
 WRITE_TOKENS = 1 << 20  # that wait in memory
 REPORT_S = 0.2  # between looks at the clock of the progress line
 
-REVISION = 3  # 3: statistics, byte ranges, filters
+REVISION = 4  # 4: several shards a part
 SCIENCE = ("snakegpt.documents", "snakegpt.tokenizers", "snakegpt.shards", "snakegpt.splitting")
 
 
@@ -66,8 +66,8 @@ def encode_tokens(
     reported = started
     kind = tokenizer.fingerprint, tokenizer.n_vocab
     with (
-        ShardWriter(out / f"train_{part}.bin", *kind) as train,
-        ShardWriter(out / f"val_{part}.bin", *kind) as val,
+        ShardSeries(out / f"train_{part}.bin", *kind) as train,
+        ShardSeries(out / f"val_{part}.bin", *kind) as val,
     ):
         splits = {
             "train": _Split(train, tokenizer.n_vocab, tokenizer.end_of_text),
@@ -119,7 +119,7 @@ def _reasons(dropped: Mapping[str, list[int]]) -> dict[int, str]:
 class _Split:
     """The shard of a split and what is counted of it."""
 
-    def __init__(self, writer: ShardWriter, n_vocab: int, end_of_text: int) -> None:
+    def __init__(self, writer: ShardSeries, n_vocab: int, end_of_text: int) -> None:
         self._writer = writer
         self._end_of_text = np.array([end_of_text], np.uint32)
         self._counts = np.zeros(n_vocab, np.int64)
@@ -161,7 +161,7 @@ class _Split:
         """Shard, totals, lengths by power of two, and how often each id occurs."""
         counts = zlib.compress(self._counts.astype("<i8").tobytes())
         return {
-            "shard": asdict(self._writer.shard),
+            "shards": [asdict(shard) for shard in self._writer.shards],
             "n_documents": self._n_documents,
             "n_text_bytes": self._n_text_bytes,
             "n_characters": self._n_characters,

@@ -32,7 +32,7 @@ from snakegpt.errors import UserError, reports_errors
 from snakegpt.shards import token_bytes
 from snakegpt.tokens import open_split, read_manifest, require_same_tokenizer
 
-REVISION = 2  # 2: statistics
+REVISION = 3  # 3: several shards a part
 SCIENCE = ("snakegpt.shards",)
 
 SUMS = ("n_documents", "n_text_bytes", "n_characters")
@@ -60,9 +60,10 @@ def index_tokens(parts: list[Path], drops: Path | None = None) -> dict[str, Any]
     splits = {}
     for split in ("train", "val"):
         found = [content["splits"][split] for content in contents]
+        shards = [shard for part in found for shard in part["shards"]]
         splits[split] = {
-            "n_tokens": sum(part["shard"]["n_tokens"] for part in found),
-            "shards": [part["shard"] for part in found if part["shard"]["n_tokens"]],
+            "n_tokens": sum(shard["n_tokens"] for shard in shards),
+            "shards": [shard for shard in shards if shard["n_tokens"]],
             **{name: sum(part[name] for part in found) for name in SUMS},
             "lengths": _lengths(found),
             "most_common_ids": _most_common(found),
