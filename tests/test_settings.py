@@ -98,6 +98,11 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
             1.0,
             ["min_learning_rate = 1 is above"],
         ),
+        (
+            "experiments.gpt2.laptop.training.cooldown_fraction",
+            0.3,
+            ["cooldown_fraction = 0.3 means nothing", "schedule = cosine", "warmup_stable_decay"],
+        ),
         ("experiments.My Model", {}, ["My Model", "pattern"]),
     ],
 )

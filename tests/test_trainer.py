@@ -10,24 +10,16 @@ from snakegpt.batches import TrainingBatches
 from snakegpt.distributed import Group
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.model import GPT, Shape, initialise
-from snakegpt.optimizer import Schedule
+from snakegpt.settings import Training
 from snakegpt.tokens import open_split, read_manifest
-from snakegpt.trainer import Launch, Recipe, Trainer
+from snakegpt.trainer import Launch, Trainer
 from train_fixtures import SETTINGS, metrics, tokens, train
 
 SHAPE = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, bias=False)
 
 
-def recipe(**training) -> Recipe:
-    defaults = {
-        "weight_decay": 0.1,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "gradient_clip": 1.0,
-        "decay_steps": None,
-        "seed": 1337,
-    }
-    return Recipe(**{**defaults, **SETTINGS["training"], **training})
+def recipe(**training) -> Training:
+    return Training(**{**SETTINGS["training"], **training})
 
 
 def trainer(folder, manifest, shape=SHAPE, micro_rows=8, **training) -> Trainer:
@@ -71,7 +63,8 @@ def test_the_loop_is_the_plain_algorithm(manifest, tmp_path):
     losses = []
     for step in range(12):
         for group in optimizer.param_groups:
-            group["lr"] = Schedule(1e-2, 1e-3, 2, 12).at(step)
+            cosine = 0.5 * (1 + math.cos(math.pi * (step - 2) / 10))
+            group["lr"] = 1e-2 * (step + 1) / 3 if step < 2 else 1e-3 + cosine * 9e-3
         [(ids, targets)] = batches.micro_batches(step, 8, 0, 1)
         loss = torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -27,6 +27,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -34,13 +35,46 @@ from snakegpt.errors import UserError, nearest
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Scale = Literal["laptop", "full"]
+ScheduleKind = Literal["cosine", "linear", "warmup_stable_decay"]
 LABEL = {"identity": False}  # on a field of a science block: describes, decides no byte
 
 
 class Closed(BaseModel):
-    """A settings block: unknown keys are errors, values are frozen, every field has a description."""
+    """A settings block: unknown keys are errors, values are frozen, every field has a description.
+
+    Some fields mean something only for one value of another field, and are null for the others.
+    `CHOICES` says which, and their defaults: choosing field -> its value -> field -> default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    CHOICES: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_defaults_of_choices(cls, values: Any) -> Any:
+        if not (isinstance(values, Mapping) and cls.CHOICES):
+            return values
+        defaults: dict[str, Any] = {}
+        for chooser, options in cls.CHOICES.items():
+            chosen = values.get(chooser, cls.model_fields[chooser].default)
+            defaults |= options.get(chosen, {}) if isinstance(chosen, str) else {}
+        return {**defaults, **values}
+
+
+def meaningless(block: Closed, where: str) -> list[str]:
+    """Complaints about fields that are set although what was chosen does not know them."""
+    problems = []
+    for chooser, options in block.CHOICES.items():
+        chosen = getattr(block, chooser)
+        for field in dict.fromkeys(field for fields in options.values() for field in fields):
+            knowing = [option for option, fields in options.items() if field in fields]
+            value = getattr(block, field)
+            if value is not None and chosen not in knowing:
+                problems.append(
+                    f"{where}.{field} = {value} means nothing for {chooser} = {chosen};"
+                    f" only {' and '.join(knowing)} knows it: remove it."
+                )
+    return problems
 
 
 # ---- corpora ---------------------------------------------------------------------------------
@@ -235,6 +269,8 @@ class Model(Closed):
 class Training(Closed):
     """Optimisation. Defaults are the GPT-2 124M recipe of nanoGPT and llm.c."""
 
+    CHOICES = {"schedule": {"warmup_stable_decay": {"cooldown_fraction": 0.5}}}
+
     batch_tokens: Annotated[int, Field(ge=1)] = 524_288
     """Tokens per optimiser step, over all ranks; a multiple of the context."""
     steps: Annotated[int, Field(ge=1)] = 19_073
@@ -242,11 +278,15 @@ class Training(Closed):
     learning_rate: Annotated[float, Field(gt=0)] = 6e-4
     """Peak learning rate."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 6e-5
-    """Learning rate at the end of the cosine decay."""
+    """Learning rate at the end of the decay."""
+    schedule: ScheduleKind = "cosine"
+    """How the learning rate decays after its warm-up; warmup_stable_decay stays at the peak and then falls on a straight line."""
     warmup_steps: Annotated[int, Field(ge=0)] = 700
     """Steps of linear warm-up from 0."""
     decay_steps: Annotated[int, Field(ge=1)] | None = None
-    """Step at which the cosine decay ends; null: at the last step."""
+    """Step at which the decay ends; null: at the last step."""
+    cooldown_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """warmup_stable_decay only, 0.5 unless set: share of the steps up to the decay's end in which the rate falls."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """AdamW weight decay of matrices and embeddings; biases and norms have none."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -520,6 +560,7 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
             f"{where}.training.min_learning_rate = {training.min_learning_rate:g} is above"
             f" learning_rate = {training.learning_rate:g}."
         )
+    problems += meaningless(training, f"{where}.training")
     end = training.decay_steps or training.steps
     if training.warmup_steps > end:
         problems.append(

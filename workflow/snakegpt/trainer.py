@@ -29,30 +29,11 @@ from snakegpt.durable import write_atomically
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.huggingface_format import save_weights
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
-from snakegpt.optimizer import Schedule, clip_gradients, make_adamw, set_learning_rate
+from snakegpt.optimizer import clip_gradients, make_optimizers, schedule_of, set_learning_rate
 from snakegpt.prefetch import ahead_of
 from snakegpt.progress import Progress, quantity, say
+from snakegpt.settings import Training
 from snakegpt.training_state import Metrics, StateFolder
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained: the fields of settings.Training, which says what each means."""
-
-    batch_tokens: int
-    steps: int
-    learning_rate: float
-    min_learning_rate: float
-    warmup_steps: int
-    decay_steps: int | None
-    weight_decay: float
-    beta1: float
-    beta2: float
-    gradient_clip: float | None
-    precision: str
-    seed: int
-    validation_interval: int
-    validation_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -80,7 +61,7 @@ class Trainer:
     def __init__(
         self,
         shape: Shape,
-        recipe: Recipe,
+        recipe: Training,
         train: TokenStream,
         validation: TokenStream,
         launch: Launch,
@@ -94,15 +75,8 @@ class Trainer:
         self.batches = TrainingBatches(train, shape.context, rows, recipe.seed)
         self.accumulation = rows // group.ranks // launch.micro_rows
         self.model = initialise(GPT(shape, launch.kernel), recipe.seed).to(launch.device)
-        self.optimizer = make_adamw(
-            self.model, weight_decay=recipe.weight_decay, beta1=recipe.beta1, beta2=recipe.beta2
-        )
-        self.schedule = Schedule(
-            recipe.learning_rate,
-            recipe.min_learning_rate,
-            recipe.warmup_steps,
-            recipe.decay_steps or recipe.steps,
-        )
+        self.optimizers = make_optimizers(self.model, recipe)
+        self.schedule = schedule_of(recipe)
         self.network = self._wrapped()
         self.states = StateFolder(state_folder, launch.label if group.leads else None)
         self.step = 0  # updates done
@@ -162,7 +136,7 @@ class Trainer:
                         "train",
                         step=self.step,
                         loss=mean_loss,
-                        learning_rate=self.schedule.at(self.step - 1),
+                        learning_rate=recipe.learning_rate * self.schedule.at(self.step - 1),
                         gradient_norm=float(norm),
                         tokens=self.step * recipe.batch_tokens,
                         elapsed_s=round(self.busy_s, 3),
@@ -193,8 +167,8 @@ class Trainer:
         step, launch = self.step, self.launch
         # Dropout is a function of (seed, step, rank): nothing of it needs saving.
         torch.manual_seed(_mixed(self.recipe.seed, step, self.group.rank))
-        set_learning_rate(self.optimizer, self.schedule.at(step))
-        self.optimizer.zero_grad(set_to_none=True)
+        set_learning_rate(self.optimizers, self.schedule.at(step))
+        self.model.zero_grad(set_to_none=True)
         self.network.train()
         total = torch.zeros((), device=launch.device)
         for index in range(self.accumulation):
@@ -204,7 +178,8 @@ class Trainer:
                 loss.backward()
             total += loss.detach()
         norm = clip_gradients(self.model.parameters(), self.recipe.gradient_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         return total, norm
 
@@ -255,7 +230,7 @@ class Trainer:
                 "step": self.step,
                 "shape": asdict(self.shape),
                 "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "best_step": self.best_step,
                 "best_loss": self.best_loss,
                 "busy_s": self.busy_s,
@@ -274,7 +249,8 @@ class Trainer:
                 f"the state in {self.states.folder} is of another model; remove the folder."
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step, self.busy_s = state["step"], state["busy_s"]
         self.best_step, self.best_loss = state["best_step"], state["best_loss"]
         if self.group.leads:

@@ -27,7 +27,7 @@ from snakegpt.huggingface_format import to_config
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.settings import Execution, Model, Training
 from snakegpt.tokens import open_split, read_manifest
-from snakegpt.trainer import Launch, Recipe, Trainer
+from snakegpt.trainer import Launch, Trainer
 
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
 REVISION = 1
@@ -95,9 +95,8 @@ def train_model(
             log_interval_s=execution.log_interval_s,
             save_interval_s=execution.save_interval_s,
         )
-        recipe = Recipe(**training.model_dump())
         fingerprint = manifest["tokenizer"]["fingerprint"]
-        trainer = Trainer(shape, recipe, train, validation, launch, group, state, fingerprint)
+        trainer = Trainer(shape, training, train, validation, launch, group, state, fingerprint)
         trainer.run(out)
         if group.leads:
             config = to_config(
