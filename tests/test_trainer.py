@@ -13,7 +13,7 @@ from snakegpt.model import GPT, Shape, initialise
 from snakegpt.settings import Training
 from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Launch, Trainer
-from train_fixtures import SETTINGS, metrics, tokens, train
+from train_fixtures import SETTINGS, changed, metrics, tokens, train
 
 SHAPE = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, bias=False)
 
@@ -111,18 +111,19 @@ def test_dropout_is_off_in_validation_and_a_function_of_the_step(manifest, tmp_p
     assert again._update()[0] == first
 
 
-def test_stopped_and_resumed_is_undisturbed(manifest, tmp_path, monkeypatch):
-    whole = trainer(tmp_path / "whole", manifest)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_stopped_and_resumed_is_undisturbed(manifest, tmp_path, monkeypatch, optimizer):
+    whole = trainer(tmp_path / "whole", manifest, optimizer=optimizer)
     (tmp_path / "out").mkdir()
     whole.run(tmp_path / "out")
     expected = (tmp_path / "out" / "weights.safetensors").read_bytes()
 
-    broken = trainer(tmp_path / "broken", manifest)
+    broken = trainer(tmp_path / "broken", manifest, optimizer=optimizer)
     monkeypatch.setattr(broken, "_any_rank", lambda came: broken.step == 7)
     with pytest.raises(Interrupted, match="step 7"):
         broken.run(tmp_path / "out")
     (tmp_path / "again").mkdir()
-    trainer(tmp_path / "broken", manifest).run(tmp_path / "again")
+    trainer(tmp_path / "broken", manifest, optimizer=optimizer).run(tmp_path / "again")
     assert (tmp_path / "again" / "weights.safetensors").read_bytes() == expected
     for event in ("train", "validation"):
         clean = [
@@ -163,11 +164,12 @@ def test_a_diverging_loss_stops_with_advice(manifest, tmp_path):
     assert not list((tmp_path / "state").glob("state_*.json"))
 
 
-def test_one_and_two_ranks_train_alike(manifest, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_and_two_ranks_train_alike(manifest, tmp_path, optimizer):
     runs = {}
     for ranks in (1, 2):
         out = tmp_path / f"ranks{ranks}"
-        done = train(manifest, out, SETTINGS, ranks=ranks, rows_per_rank=2)
+        done = train(manifest, out, changed(optimizer=optimizer), ranks=ranks, rows_per_rank=2)
         assert done.returncode == 0, done.stderr
         assert metrics(out, "start")[0]["ranks"] == ranks
         runs[ranks] = [line["loss"] for line in metrics(out, "train") + metrics(out, "validation")]

@@ -269,16 +269,21 @@ class Model(Closed):
 class Training(Closed):
     """Optimisation. Defaults are the GPT-2 124M recipe of nanoGPT and llm.c."""
 
-    CHOICES = {"schedule": {"warmup_stable_decay": {"cooldown_fraction": 0.5}}}
+    CHOICES = {
+        "optimizer": {"muon": {"muon_learning_rate": 0.02, "muon_momentum": 0.95}},
+        "schedule": {"warmup_stable_decay": {"cooldown_fraction": 0.5}},
+    }
 
     batch_tokens: Annotated[int, Field(ge=1)] = 524_288
     """Tokens per optimiser step, over all ranks; a multiple of the context."""
     steps: Annotated[int, Field(ge=1)] = 19_073
     """Optimiser steps."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all, or muon for the matrices inside blocks and adamw for the rest."""
     learning_rate: Annotated[float, Field(gt=0)] = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of what adamw moves."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 6e-5
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay; muon's falls by the same factor."""
     schedule: ScheduleKind = "cosine"
     """How the learning rate decays after its warm-up; warmup_stable_decay stays at the peak and then falls on a straight line."""
     warmup_steps: Annotated[int, Field(ge=0)] = 700
@@ -288,11 +293,15 @@ class Training(Closed):
     cooldown_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """warmup_stable_decay only, 0.5 unless set: share of the steps up to the decay's end in which the rate falls."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW weight decay of matrices and embeddings; biases and norms have none."""
+    """Weight decay of matrices and embeddings, times the learning rate; biases and norms have none."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW decay rate of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """AdamW decay rate of the second moment."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """muon only, 0.02 unless set: its peak learning rate, the size (spectral norm) of a square matrix's change in a step."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """muon only, 0.95 unless set: decay rate of its average of gradients."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Global norm that gradients are clipped to; null for off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,7 +76,8 @@ class Trainer:
         self.batches = TrainingBatches(train, shape.context, rows, recipe.seed)
         self.accumulation = rows // group.ranks // launch.micro_rows
         self.model = initialise(GPT(shape, launch.kernel), recipe.seed).to(launch.device)
-        self.optimizers = make_optimizers(self.model, recipe)
+        everyone = dist.group.WORLD if group.ranks > 1 else None
+        self.optimizers = make_optimizers(self.model, recipe, everyone)
         self.schedule = schedule_of(recipe)
         self.network = self._wrapped()
         self.states = StateFolder(state_folder, launch.label if group.leads else None)
