@@ -23,7 +23,10 @@ def shape_of(model: Model, n_vocab: int) -> Shape:
         channels=model.channels,
         context=model.context,
         dropout=model.dropout,
-        bias=model.bias,
+        bias=model.architecture == "gpt2" and model.bias is not False,
+        architecture=model.architecture,
+        tied=model.tie_embeddings is not False,
+        softcap=model.logit_softcap,
     )
 
 

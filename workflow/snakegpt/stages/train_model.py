@@ -1,8 +1,8 @@
 """Train a GPT on tokens, on one process or many; interrupted, the same command goes on where it was.
 
 Reads: manifest.json of a token set, its shards beside it. Writes: weights.safetensors (last) and
-best.safetensors (lowest validation loss), float32 under the names of transformers' GPT2LMHeadModel;
-config.json, which transformers loads; metrics.jsonl, one JSON object a line. By hand:
+best.safetensors (lowest validation loss), float32 under the names of transformers' GPT2LMHeadModel or
+NanoChatForCausalLM; config.json, which transformers loads; metrics.jsonl, one JSON object a line. By hand:
 
     python -m snakegpt.stages.train_model --tokens results/tokens/shakespeare-gpt2/manifest.json \\
         --settings '{"model": {"layers": 2, "heads": 2, "channels": 64, "context": 64},
@@ -25,7 +25,7 @@ from snakegpt.command import block, how_to_run, only_path, stage_parser, write_j
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
 from snakegpt.placement import choose_passes, shape_of
-from snakegpt.settings import Execution, Model, Training
+from snakegpt.settings import Execution, Model, Training, model_problems, science
 from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Launch, Trainer
 
@@ -57,14 +57,14 @@ def train_model(
     arguments  this command's own, for the ranks
     raises     UserError before the first step if tokens, settings and machine do not fit each other
     """
+    if problems := model_problems(model, "model"):
+        raise UserError("\n".join(problems))
     manifest = read_manifest(tokens)
     vocabulary = manifest["tokenizer"]["n_vocab"]
     shape = shape_of(model, vocabulary)
     rows = training.batch_tokens // model.context
-    if rows * model.context != training.batch_tokens or model.channels % model.heads:
-        raise UserError(
-            "training.batch_tokens must be a multiple of model.context, and model.channels of model.heads."
-        )
+    if rows * model.context != training.batch_tokens:
+        raise UserError("training.batch_tokens must be a multiple of model.context.")
     device = distributed.choose_device(execution.device)
     ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
     train, validation = (open_split(tokens, manifest, split) for split in ("train", "val"))
@@ -104,7 +104,7 @@ def train_model(
                 n_vocab=vocabulary,
                 end_of_text=manifest["tokenizer"]["end_of_text"],
                 tokenizer_fingerprint=fingerprint,
-                model=model.model_dump(),
+                model=science(model),
             )
             write_json(out / "config.json", config)
 
