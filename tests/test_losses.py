@@ -79,5 +79,6 @@ def test_the_logits_are_never_held_whole():
 
 
 def test_small_vocabularies_are_plain_and_large_ones_chunked():
-    assert choose_loss(65, 768) == "plain"
-    assert choose_loss(50_304, 2048) == "chunked"
+    assert choose_loss(65, 768, torch.float32) == "plain"
+    assert choose_loss(50_304, 2048, torch.bfloat16) == "chunked"
+    assert choose_loss(50_304, 2048, torch.float16) == "plain"

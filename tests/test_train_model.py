@@ -198,6 +198,7 @@ def with_model(**model):
         (with_model(hedas=2), {}, "unknown setting model.hedas. Nearest valid name: heads."),
         (changed(precision="float8"), {}, "training.precision"),
         (SETTINGS, {"ranks": 5}, "execution.ranks = 5 does not divide the 8 rows"),
+        (SETTINGS, {"ranks": 1, "attention": "flex"}, "training.document_masking on cuda"),
         (SETTINGS, {"ranks": 1, "rows_per_rank": 3}, "execution.rows_per_rank = 3"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from snakegpt.batches import TrainingBatches
 from snakegpt.distributed import Group
 from snakegpt.errors import Interrupted, UserError
-from snakegpt.model import GPT, Shape, initialise
+from snakegpt.model import GPT, Pass, Shape, initialise
 from snakegpt.settings import Training
 from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Launch, Trainer
@@ -28,6 +28,7 @@ def trainer(folder, manifest, shape=SHAPE, micro_rows=8, **training) -> Trainer:
         device="cpu",
         dtype=torch.float32,
         kernel="sdpa",
+        loss="plain",
         compiled=False,
         micro_rows=micro_rows,
         threads=1,
@@ -109,6 +110,29 @@ def test_dropout_is_off_in_validation_and_a_function_of_the_step(manifest, tmp_p
     again = trainer(tmp_path / "b", manifest, shape)
     torch.rand(7)  # other draws before it
     assert again._update()[0] == first
+
+
+def test_masked_documents_change_training_and_not_validation(manifest, tmp_path, monkeypatch):
+    plain, masked = (
+        trainer(tmp_path / str(on), manifest, document_masking=on) for on in (False, True)
+    )
+    assert plain.validate() == masked.validate()
+    [(ids, targets)] = masked.batches.micro_batches(0, 8, 0, 1)
+    ids[:, 3] = 0  # the end-of-text id: documents of 3 and of 5 tokens
+    masked.micro_batches, plain.micro_batches = iter([(ids, targets)]), iter([(ids, targets)])
+    alone = torch.cat([masked.model(ids[:, :3]), plain_from(masked.model, ids, 3)], dim=1)
+    wanted = torch.nn.functional.cross_entropy(alone.flatten(0, 1), targets.flatten())
+    assert float(masked._update()[0]) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    assert float(plain._update()[0]) != pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+def plain_from(model: GPT, ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Logits of the positions from `start` on, at their places, as if nothing stood before them."""
+    x = model.token_embedding(ids) + model.position_embedding.weight[: ids.shape[1]]
+    x = x[:, start:]
+    for layer, block in enumerate(model.blocks):
+        x = block(x, Pass(), layer)
+    return model.final_norm(x) @ model.token_embedding.weight.T
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

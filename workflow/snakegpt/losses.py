@@ -17,9 +17,13 @@ CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
 PLAIN_LOGITS = 1 << 25  # below it the plain way is quicker and takes little
 
 
-def choose_loss(vocabulary: int, n_tokens: int) -> LossKernel:
-    """plain for few logits, chunked for many; `n_tokens` go through the network at once."""
-    return "plain" if vocabulary * n_tokens <= PLAIN_LOGITS else "chunked"
+def choose_loss(vocabulary: int, n_tokens: int, dtype: torch.dtype) -> LossKernel:
+    """plain for few logits, chunked for many; `n_tokens` go through the network at once.
+
+    float16 stays plain: chunks make gradients before a loss scale is known, and small ones would vanish.
+    """
+    few = vocabulary * n_tokens <= PLAIN_LOGITS
+    return "plain" if few or dtype == torch.float16 else "chunked"
 
 
 def token_losses(

@@ -19,19 +19,21 @@ and nanochat for what modern is made of.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from snakegpt.losses import LossKernel, logits, token_losses
 
 Architecture = Literal["gpt2", "modern"]
-AttentionKernel = Literal["sdpa", "math"]
+AttentionKernel = Literal["sdpa", "math", "flex"]
 
 INIT_STD = 0.02  # OpenAI's
 ROTARY_BASE = 10_000.0
@@ -102,13 +104,14 @@ class KeyValueCache:
 class Pass:
     """What every block is told about the positions that go through the network.
 
-    angles        modern: cosine and sine of each position's rotations, each (T, D / 2)
-    allowed_B1TT  who may attend to whom, where more than causality forbids it
-    cache         positions seen before these
+    angles   modern: cosine and sine of each position's rotations, each (T, D / 2)
+    allowed  who may attend to whom, where more than causality forbids it: (B, 1, T, T) boolean, or the
+             blocks of it that are not empty, for flex
+    cache    positions seen before these
     """
 
     angles: tuple[Tensor, Tensor] | None = None
-    allowed_B1TT: Tensor | None = None
+    allowed: Tensor | BlockMask | None = None
     cache: KeyValueCache | None = None
 
 
@@ -161,30 +164,53 @@ class Attention(nn.Module):
             q_BHTD, k_BHSD = rms_normalised(rotated(heads_3_BHTD[:2], how.angles))
         if how.cache is not None:
             k_BHSD, v_BHSD = how.cache.extend(layer, k_BHSD, v_BHSD)
-        y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD, how.allowed_B1TT)
+        y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD, how.allowed)
         y_BTC = y_BHTD.transpose(1, 2).reshape(B, T, C)
         out_BTC: Tensor = self.projection_dropout(self.projection(y_BTC))
         return out_BTC
 
     def attend(
-        self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, allowed: Tensor | None
+        self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, allowed: Tensor | BlockMask | None
     ) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, by torch's fused kernel or written out; q is of the last T of S."""
+        """softmax(q k^T / sqrt(D)) v, by one of torch's kernels or written out; q is of the last T of S."""
         T, S = q_BHTD.shape[2], k_BHSD.shape[2]
         dropout = self.dropout if self.training else 0.0
-        if self.kernel == "sdpa" and T == S and allowed is None:
+        if isinstance(allowed, BlockMask):
+            found: Tensor = flex()(q_BHTD, k_BHSD, v_BHSD, block_mask=allowed)
+            return found
+        if self.kernel != "math" and T == S and allowed is None:
             return F.scaled_dot_product_attention(
                 q_BHTD, k_BHSD, v_BHSD, dropout_p=dropout, is_causal=True
             )
         if allowed is None:
             allowed = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril(S - T)
-        if self.kernel == "sdpa":
+        if self.kernel != "math":
             return F.scaled_dot_product_attention(
                 q_BHTD, k_BHSD, v_BHSD, attn_mask=allowed, dropout_p=dropout
             )
         score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(q_BHTD.shape[-1])
         weight_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
         return F.dropout(weight_BHTS, dropout) @ v_BHSD
+
+
+@functools.cache
+def flex() -> Callable[..., Tensor]:
+    """torch's flex_attention, which is a kernel only when compiled: blocks of a mask that are empty cost
+    nothing. It draws no dropout."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def document_mask(documents_BT: Tensor, kernel: AttentionKernel) -> Tensor | BlockMask:
+    """Positions attend to earlier ones of their own document."""
+    B, T = documents_BT.shape
+    if kernel != "flex":
+        same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
+        return same_BTT.tril().unsqueeze(1)
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (documents_BT[b, q] == documents_BT[b, k])
+
+    return create_block_mask(allowed, B, None, T, T, device=documents_BT.device)
 
 
 class MLP(nn.Module):
@@ -223,21 +249,15 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Embeddings, blocks, a last norm, and the head: the token embedding again unless untied.
 
-    kernel         attention's; changes no more than rounding, as do the two below
-    loss           how the cross-entropy is computed; see snakegpt.losses
-    checkpointing  keep only what goes into each block for the backward pass, and run it again there
+    kernel  how attention is computed: decides rounding alone, as does the next
+    loss    how the cross-entropy is computed; see snakegpt.losses
     """
 
     def __init__(
-        self,
-        shape: Shape,
-        kernel: AttentionKernel = "sdpa",
-        *,
-        loss: LossKernel = "plain",
-        checkpointing: bool = False,
+        self, shape: Shape, kernel: AttentionKernel = "sdpa", loss: LossKernel = "plain"
     ) -> None:
         super().__init__()
-        self.shape, self.loss, self.checkpointing = shape, loss, checkpointing
+        self.shape, self.kernel, self.loss = shape, kernel, loss
         self.token_embedding = nn.Embedding(shape.vocabulary, shape.channels)
         if not shape.modern:
             self.position_embedding = nn.Embedding(shape.context, shape.channels)
@@ -275,14 +295,10 @@ class GPT(nn.Module):
             x_BTC = x_BTC + self.position_embedding(position_T)
         if documents_BT is not None:
             assert cache is None
-            same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
-            how.allowed_B1TT = same_BTT.tril().unsqueeze(1)
+            how.allowed = document_mask(documents_BT, self.kernel)
         x_BTC = self.embedding_dropout(x_BTC)
         for layer, block in enumerate(self.blocks):
-            if self.checkpointing and self.training:
-                x_BTC = checkpoint(block, x_BTC, how, layer, use_reentrant=False)
-            else:
-                x_BTC = block(x_BTC, how, layer)
+            x_BTC = block(x_BTC, how, layer)
         if cache is not None:
             cache.n_seen += T
         x_BTC = self.final_norm(x_BTC)
@@ -343,12 +359,17 @@ def flops_per_token(shape: Shape) -> int:
     return 6 * weights + 12 * shape.layers * C * shape.context
 
 
-def choose_kernel(device: str, dtype: torch.dtype, context: int) -> AttentionKernel:
+def choose_kernel(
+    device: str, dtype: torch.dtype, context: int, *, masks_documents: bool = False
+) -> AttentionKernel:
     """The faster attention kernel.
 
     On CPU the backward pass of the fused kernel in bfloat16 is slow for short contexts: 7.1 ms against
     1.7 ms written out (12 rows, 4 heads of 32, 64 tokens) and 90 against 54 (16 rows, 6 heads of 64,
     256 tokens); at 1,024 tokens, and in float32, the fused one wins. Measured on Zen 4, torch 2.13.
+    On CUDA a document mask would cost the fused kernel its fast path; flex skips what is masked.
     """
+    if device == "cuda" and masks_documents:
+        return "flex"
     slow = device == "cpu" and dtype == torch.bfloat16 and context <= 512
     return "math" if slow else "sdpa"

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from snakegpt.settings import ScheduleKind, Training
 
@@ -161,7 +160,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 ahead = parameter.grad.lerp(average, group["momentum"])
-                whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+                whole = ahead.full_tensor() if _is_sharded(ahead) else ahead
                 places = []
                 for matrix in whole.chunk(group["stacked"]):
                     places.append((matrix.shape, len(by_shape[matrix.shape])))
@@ -170,9 +169,8 @@ class Muon(torch.optim.Optimizer):
         straight = {shape: self._orthogonal(matrices) for shape, matrices in by_shape.items()}
         for parameter, group, places in moves:
             move = torch.cat([straight[shape][place] for shape, place in places])
-            if isinstance(parameter, DTensor):  # every rank has the whole: each takes its part
-                mesh, parts = parameter.device_mesh, parameter.placements
-                move = distribute_tensor(move, mesh, parts, src_data_rank=None)
+            if _is_sharded(parameter):  # every rank has the whole: each takes its part
+                move = _sharded_as(parameter, move)
             rows, columns = places[0][0]
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(move, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
@@ -195,6 +193,17 @@ class Muon(torch.optim.Optimizer):
         received = sent.new_empty(n * share, *matrices[0].shape)
         dist.all_gather_into_tensor(received, sent, group=self.ranks)
         return list(received[: len(matrices)])
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without its module, which takes longer to load than a small model to train."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _sharded_as(like: Any, tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def orthogonalised(matrices_NRC: Tensor) -> Tensor:

@@ -352,6 +352,8 @@ class Training(Closed):
     """muon only, 0.02 unless set: its peak learning rate, the size (spectral norm) of a square matrix's change in a step."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """muon only, 0.95 unless set: decay rate of its average of gradients."""
+    document_masking: bool = False
+    """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Global norm that gradients are clipped to; null for off."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -397,8 +399,10 @@ class Execution(Closed):
     """Training processes; auto: one a GPU, on CPU as many as threads and rows of a batch allow."""
     rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Micro-batch of one rank, sequences; the rest of a step is gradient accumulation."""
-    attention: Literal["auto", "sdpa", "math"] = "auto"
-    """Attention kernel; auto: the faster one for device, precision and context."""
+    attention: Literal["auto", "sdpa", "math", "flex"] = "auto"
+    """Attention kernel: torch's fused one, written out, or torch's flex_attention (document_masking on cuda); auto: the fastest for device, precision and context."""
+    cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
+    """Loss of the head: over all logits at once, or a chunk of tokens at a time, which takes a fraction of the memory; auto: chunked for large vocabularies."""
     compiled: Literal["auto"] | bool = "auto"
     """torch.compile the model; auto: on cuda only."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"

@@ -24,11 +24,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from snakegpt.batches import TokenStream, TrainingBatches, sequential_batches
+from snakegpt.batches import TokenStream, TrainingBatches, documents_in, sequential_batches
 from snakegpt.distributed import Group, StopRequest
 from snakegpt.durable import write_atomically
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.huggingface_format import save_weights
+from snakegpt.losses import LossKernel
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import clip_gradients, make_optimizers, schedule_of, set_learning_rate
 from snakegpt.prefetch import ahead_of
@@ -49,6 +50,7 @@ class Launch:
     device: str
     dtype: torch.dtype
     kernel: AttentionKernel
+    loss: LossKernel
     compiled: bool
     micro_rows: int
     threads: int
@@ -69,13 +71,17 @@ class Trainer:
         group: Group,
         state_folder: Path,
         tokenizer_fingerprint: str,
+        end_of_text: int = 0,
     ) -> None:
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
         self.validation, self.fingerprint = validation, tokenizer_fingerprint
+        self.end_of_text = end_of_text
         rows = recipe.batch_tokens // shape.context
         self.batches = TrainingBatches(train, shape.context, rows, recipe.seed)
         self.accumulation = rows // group.ranks // launch.micro_rows
-        self.model = initialise(GPT(shape, launch.kernel), recipe.seed).to(launch.device)
+        self.model = initialise(GPT(shape, launch.kernel, launch.loss), recipe.seed).to(
+            launch.device
+        )
         everyone = dist.group.WORLD if group.ranks > 1 else None
         self.optimizers = make_optimizers(self.model, recipe, everyone)
         self.schedule = schedule_of(recipe)
@@ -190,8 +196,11 @@ class Trainer:
             x.to(self.launch.device, non_blocking=True) for x in (ids_BT, targets_BT)
         )
         mixed = self.launch.dtype != torch.float32
+        documents_BT = None
+        if self.recipe.document_masking and self.model.training:
+            documents_BT, _ = documents_in(ids_BT, self.end_of_text)
         with torch.autocast(self.launch.device, self.launch.dtype, enabled=mixed):
-            losses_BT: Tensor = network(ids_BT, targets_BT)
+            losses_BT: Tensor = network(ids_BT, targets_BT, documents_BT=documents_BT)
         return losses_BT
 
     def _gradients_stay_local(self, yes: bool) -> contextlib.AbstractContextManager[None]:

@@ -89,6 +89,7 @@ def train_model(
             device=device,
             dtype=passes.dtype,
             kernel=passes.kernel,
+            loss=passes.loss,
             compiled=device == "cuda" if execution.compiled == "auto" else execution.compiled,
             micro_rows=passes.micro_rows,
             threads=torch.get_num_threads(),
@@ -96,13 +97,16 @@ def train_model(
             save_interval_s=execution.save_interval_s,
         )
         fingerprint = manifest["tokenizer"]["fingerprint"]
-        trainer = Trainer(shape, training, train, validation, launch, group, state, fingerprint)
+        end_of_text = manifest["tokenizer"]["end_of_text"]
+        trainer = Trainer(
+            shape, training, train, validation, launch, group, state, fingerprint, end_of_text
+        )
         trainer.run(out)
         if group.leads:
             config = to_config(
                 shape,
                 n_vocab=vocabulary,
-                end_of_text=manifest["tokenizer"]["end_of_text"],
+                end_of_text=end_of_text,
                 tokenizer_fingerprint=fingerprint,
                 model=science(model),
             )
