@@ -146,12 +146,15 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1}
         super().__init__(groups, defaults)
         self.ranks = ranks
+        # 1 on the device where the next step is to change nothing, as torch's fused AdamW looks at it.
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         by_shape = defaultdict[torch.Size, list[Tensor]](list)
         moves: list[tuple[Tensor, dict[str, Any], list[tuple[torch.Size, int]]]] = []
+        skipped = self.found_inf
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -159,8 +162,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(average, group["momentum"])
+                gradient, average = parameter.grad, state["momentum_buffer"]
+                if skipped is not None:  # towards itself: unchanged, whatever the gradient is
+                    gradient = torch.where(skipped.bool(), average, gradient)
+                average.lerp_(gradient, 1 - group["momentum"])
+                ahead = gradient.lerp(average, group["momentum"])
                 whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
                 places = []
                 for matrix in whole.chunk(group["stacked"]):
@@ -174,7 +180,10 @@ class Muon(torch.optim.Optimizer):
                 mesh, parts = parameter.device_mesh, parameter.placements
                 move = distribute_tensor(move, mesh, parts, src_data_rank=None)
             rows, columns = places[0][0]
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            decay = group["lr"] * group["weight_decay"]
+            if skipped is not None:
+                move, decay = move * (1 - skipped), decay * (1 - skipped)
+            parameter.mul_(1 - decay)
             parameter.add_(move, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
     def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:
