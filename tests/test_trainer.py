@@ -12,7 +12,8 @@ from snakegpt.errors import Interrupted, UserError
 from snakegpt.model import GPT, Pass, Shape, initialise
 from snakegpt.settings import Training
 from snakegpt.tokens import open_split, read_manifest
-from snakegpt.trainer import Launch, Trainer
+from snakegpt.trainer import Trainer
+from snakegpt.updates import Launch
 from train_fixtures import SETTINGS, changed, metrics, tokens, train
 
 SHAPE = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, bias=False)
@@ -78,7 +79,7 @@ def test_the_loop_is_the_plain_algorithm(manifest, tmp_path):
     assert losses[0] == pytest.approx(math.log(12), abs=0.1)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
-            ours.model.state_dict()[name], parameter.data, atol=1e-5, rtol=1e-4
+            ours.updates.model.state_dict()[name], parameter.data, atol=1e-5, rtol=1e-4
         )
 
 
@@ -98,18 +99,21 @@ def test_the_validation_loss_is_the_mean_over_every_target(manifest, tmp_path):
     with torch.no_grad():
         for start in range(0, 299, 8):
             window = torch.tensor(ids[start : start + 9]).unsqueeze(0)
-            losses.append(ours.model(window[:, :-1], window[:, 1:]).flatten())
-    assert ours.validate() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
+            losses.append(ours.updates.model(window[:, :-1], window[:, 1:]).flatten())
+    assert ours.updates.validate() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
 
 
 def test_dropout_is_off_in_validation_and_a_function_of_the_step(manifest, tmp_path):
     shape = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, dropout=0.5)
     one = trainer(tmp_path / "a", manifest, shape)
-    assert one.validate() == one.validate()
-    first, _ = one._update()
+    assert one.updates.validate() == one.updates.validate()
+    one.updates.start(0)
+    one.updates.update(0, 0)
     again = trainer(tmp_path / "b", manifest, shape)
     torch.rand(7)  # other draws before it
-    assert again._update()[0] == first
+    again.updates.start(0)
+    again.updates.update(0, 0)
+    assert again.updates.mean_loss() == one.updates.mean_loss()
 
 
 def test_masked_documents_change_training_and_not_validation(manifest, tmp_path, monkeypatch):
@@ -143,7 +147,7 @@ def test_stopped_and_resumed_is_undisturbed(manifest, tmp_path, monkeypatch, opt
     expected = (tmp_path / "out" / "weights.safetensors").read_bytes()
 
     broken = trainer(tmp_path / "broken", manifest, optimizer=optimizer)
-    monkeypatch.setattr(broken, "_any_rank", lambda came: broken.step == 7)
+    monkeypatch.setattr(broken, "_agreed", lambda came, due: (broken.step == 7, due))
     with pytest.raises(Interrupted, match="step 7"):
         broken.run(tmp_path / "out")
     (tmp_path / "again").mkdir()
@@ -167,11 +171,11 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(manifest, tmp_path
     losses = iter([2.0, 1.0, 1.5])
     at_step = {}
 
-    def validate():
-        at_step[ours.step] = {k: v.clone() for k, v in ours.model.state_dict().items()}
+    def validate(beat):
+        at_step[ours.step] = {k: v.clone() for k, v in ours.updates.model.state_dict().items()}
         return next(losses)
 
-    monkeypatch.setattr(ours, "validate", validate)
+    monkeypatch.setattr(ours.updates, "validate", validate)
     ours.run(out)
     from safetensors.torch import load_file
 

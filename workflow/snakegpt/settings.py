@@ -356,8 +356,16 @@ class Training(Closed):
     """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Global norm that gradients are clipped to; null for off."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32."""
+    skip_spikes_above: Annotated[float, Field(gt=0)] | None = None
+    """Skip the update of a step whose loss is more than this many standard deviations above the mean of recent ones; null for off. An update whose gradient is not finite is always skipped."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Losses that count as recent; none is a spike before there are as many."""
+    rollback_after: Annotated[int, Field(ge=1)] = 20
+    """Updates skipped in a row after which training goes back to its last validation without any, and leaves out the data in between."""
+    rollbacks: Annotated[int, Field(ge=0)] = 3
+    """Times that training may go back before it gives up; 0: it gives up at once, and saves no state to go back to."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32. float16 is for GPUs without bfloat16; its loss is scaled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     """Seed of initial weights, batch order and dropout."""
     validation_interval: Annotated[int, Field(ge=1)] = 250
@@ -405,6 +413,12 @@ class Execution(Closed):
     """Loss of the head: over all logits at once, or a chunk of tokens at a time, which takes a fraction of the memory; auto: chunked for large vocabularies."""
     compiled: Literal["auto"] | bool = "auto"
     """torch.compile the model; auto: on cuda only."""
+    strategy: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
+    """What ranks share: ddp gradients, zero1 also optimiser states, fsdp also weights; auto: the first of these that fits."""
+    deterministic: bool = False
+    """Sum gradients in one order, so that any number of ranks that divides a step's micro-batches ends at the same bits; ddp only, slower, one thread a rank on CPU."""
+    activation_checkpointing: bool = False
+    """Compute the activations of blocks again in the backward pass instead of keeping them; training turns to it by itself where not even one row fits."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
     """What encodes: tiktoken, or gigatoken where it is installed, which gives the same ids many times faster."""
     download_workers: Annotated[int, Field(ge=1, le=64)] = 4
@@ -415,6 +429,14 @@ class Execution(Closed):
     """Seconds between progress lines."""
     save_interval_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between saved training states."""
+    keep_states: Annotated[int, Field(ge=1)] = 2
+    """Newest training states that stay; 12 bytes a parameter each, with adamw."""
+    stop_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that ranks have to save and leave after SIGTERM, SIGINT or SIGUSR1, before they are killed."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds without progress after which a rank shows where it stands and ends the run; null: never."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times that ranks are started again after one has died, unless they have saved a newer state since: then as often again."""
     network_environment: bool = True
     """Let training use the launch environment that bench_network recommends."""
 
