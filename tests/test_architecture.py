@@ -42,6 +42,7 @@ LAYERS = [
         "inspect",
     },
     {
+        "losses",
         "model",
         "huggingface_format",
         "optimizer",
@@ -50,9 +51,14 @@ LAYERS = [
         "prefetch",
         "placement",
         "tokens",
+        "strategies",
+        "stability",
+        "fitting",
+        "watchdog",
     },
     {
         "training_state",
+        "updates",
         "trainer",
         "evaluation",
         "sampling",
