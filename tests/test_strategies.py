@@ -58,7 +58,6 @@ def runs(tmp_path_factory) -> Path:
     one += [
         job(f"resharded-{o}", "ddp", training={"optimizer": o}, stop_at=20) for o in OPTIMIZERS
     ]
-    one += [job(f"dropout{n}", "ddp", shape={"dropout": 0.3}) for n in (1,)]
     for each in one:
         work(each, Group())
     two = [
@@ -102,6 +101,48 @@ def test_states_are_resharded_between_ranks_and_strategies(runs, optimizer):
     run = runs / f"resharded-{optimizer}"
     assert losses(run) == pytest.approx(losses(runs / f"1-ddp-{optimizer}"), rel=1e-5)
     assert [line["step"] for line in metrics(run, "resume")] == [20, 30, 35, 40]
+
+
+def test_any_number_of_ranks_ends_at_the_same_bits_in_the_deterministic_mode(tmp_path):
+    manifest = tokens(tmp_path / "tokens")
+
+    def jobs(ranks: int) -> list[dict]:
+        launch = {"deterministic": True, "micro_rows": 2}
+        return [
+            {
+                "manifest": str(manifest),
+                "out": str(tmp_path / f"{ranks}-{optimizer}"),
+                "state": str(tmp_path / f"{ranks}-{optimizer}.state"),
+                "shape": {"dropout": 0.1},
+                "launch": launch,
+                "training": {"steps": 20, "optimizer": optimizer, "skip_spikes_above": 3.0},
+            }
+            for optimizer in OPTIMIZERS
+        ]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for job in jobs(1):
+        work(job, Group())
+    torch.set_num_threads(threads)
+    for ranks in (2, 4):
+        ranks_work(ranks, jobs(ranks), tmp_path)
+    for optimizer in OPTIMIZERS:
+        runs = [tmp_path / f"{ranks}-{optimizer}" for ranks in (1, 2, 4)]
+        for name in ("weights", "best"):
+            files = [(run / f"{name}.safetensors").read_bytes() for run in runs]
+            assert files[0] == files[1] == files[2]
+        # Every bit of what is logged, too; the best loss decides which weights are the best.
+        first, *others = [
+            [
+                line["loss"]
+                for event in ("train", "validation", "skipped")
+                for line in metrics(run, event)
+            ]
+            for run in runs
+        ]
+        assert all(other == first for other in others)
+        assert len(first) >= 20
 
 
 def test_zero1_keeps_a_part_of_the_optimisers_on_each_rank():
