@@ -24,13 +24,14 @@ from snakegpt.trainer import Trainer
 from snakegpt.updates import Launch
 from train_fixtures import SETTINGS
 
+ALONE = Group()
 SHAPE = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, bias=False)
 
 
 def trainer(
     state: Path,
     manifest: Path,
-    group: Group = Group(),  # noqa: B008: frozen
+    group: Group = ALONE,
     shape: Shape = SHAPE,
     launch: dict[str, Any] | None = None,
     **training: Any,

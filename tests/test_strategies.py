@@ -55,14 +55,10 @@ def runs(tmp_path_factory) -> Path:
 
     one = [job(f"1-ddp-{o}", "ddp", training={"optimizer": o}) for o in OPTIMIZERS]
     # Stopped on one rank at step 20, then on two ranks of each strategy at 30 to 40, then on one.
-    one += [
-        job(f"resharded-{o}", "ddp", training={"optimizer": o}, stop_at=20) for o in OPTIMIZERS
-    ]
+    one += [job(f"resharded-{o}", "ddp", training={"optimizer": o}, stop_at=20) for o in OPTIMIZERS]
     for each in one:
         work(each, Group())
-    two = [
-        job(f"2-{s}-{o}", s, training={"optimizer": o}) for s in STRATEGIES for o in OPTIMIZERS
-    ]
+    two = [job(f"2-{s}-{o}", s, training={"optimizer": o}) for s in STRATEGIES for o in OPTIMIZERS]
     two += [
         job(f"resharded-{o}", s, training={"optimizer": o}, stop_at=step)
         for o in OPTIMIZERS
