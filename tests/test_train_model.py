@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from snakegpt.huggingface_format import load_model
 from snakegpt.stages import train_model
+from snakegpt.training_state import newest_step
 from train_fixtures import (
     ENVIRONMENT,
     SETTINGS,
@@ -42,7 +43,7 @@ def start(manifest: Path, out: Path, state: Path, **execution) -> subprocess.Pop
 
 
 def steps_saved(state: Path) -> int:
-    return max((int(note.stem[6:]) for note in state.glob("state_*.json")), default=0)
+    return newest_step(state)
 
 
 def wait_for_step(step: int, state: Path, process: subprocess.Popen[str]) -> None:

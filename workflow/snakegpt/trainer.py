@@ -75,9 +75,10 @@ class Trainer:
 
     # ---- the loop ----
 
-    def run(self, out: Path) -> None:
+    def run(self, out: Path, watchdog: Watchdog | None = None) -> None:
         """Train to the last step and write weights, best weights, optimiser and metrics to `out`.
 
+        watchdog  that is told of each step
         raises  Interrupted after a stop signal, with the state saved; StartAgain if a micro-batch did not
                 fit on one of several ranks; UserError if training diverges
         """
@@ -87,17 +88,16 @@ class Trainer:
             if saved is None:
                 self.states.require_space(n_parameters(self.shape))
             self.states.drop_after(saved.step if saved else -1)  # damaged ones
-        with Watchdog(self.launch.hang_timeout_s) as watchdog:
-            while True:
-                try:
-                    self._train(saved, stop, watchdog, out)
-                    return
-                except Unstable as reason:
-                    saved = self._go_back(str(reason))
-                except TooLarge:
-                    raise StartAgain(self._ask_for_less()) from None
-                finally:
-                    self.updates.stop()
+        while True:
+            try:
+                self._train(saved, stop, watchdog or Watchdog(None), out)
+                return
+            except Unstable as reason:
+                saved = self._go_back(str(reason))
+            except TooLarge:
+                raise StartAgain(self._ask_for_less()) from None
+            finally:
+                self.updates.stop()
 
     def _train(self, saved: Saved | None, stop: StopRequest, watchdog: Watchdog, out: Path) -> None:
         if saved:

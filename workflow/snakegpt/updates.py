@@ -56,7 +56,6 @@ class Launch:
     deterministic: bool = False
     activation_checkpointing: bool = False
     keep_states: int = 2
-    hang_timeout_s: float | None = None
 
 
 class TooLarge(Exception):

@@ -34,6 +34,7 @@ from snakegpt.tokens import open_sets, read_manifest
 from snakegpt.trainer import Trainer
 from snakegpt.training_state import newest_step
 from snakegpt.updates import Launch
+from snakegpt.watchdog import Watchdog
 
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
 REVISION = 2
@@ -114,7 +115,10 @@ def train_model(
         distributed.keep_freed_memory()
     # The watchdog comes first, and says more than an exchange that was waited for too long.
     patience_s = execution.hang_timeout_s and execution.hang_timeout_s + 60
-    with distributed.joined(device, patience_s) as group:
+    with (
+        Watchdog(execution.hang_timeout_s) as watchdog,
+        distributed.joined(device, patience_s) as group,
+    ):
         # Another number of threads adds up matrix products in another order.
         one_order = execution.deterministic
         torch.set_num_threads(1 if one_order else max(1, threads // group.local_ranks))
@@ -142,7 +146,6 @@ def train_model(
             deterministic=one_order,
             activation_checkpointing=execution.activation_checkpointing,
             keep_states=execution.keep_states,
-            hang_timeout_s=execution.hang_timeout_s,
         )
         fingerprint = manifest["tokenizer"]["fingerprint"]
         end_of_text = manifest["tokenizer"]["end_of_text"]
@@ -159,7 +162,7 @@ def train_model(
             inputs,
             end_of_text,
         )
-        trainer.run(out)
+        trainer.run(out, watchdog)
         if group.leads:
             config = to_config(
                 shape,
