@@ -26,6 +26,7 @@ from projects import (
     make_project,
     make_trivial,
     snakemake,
+    touch,
 )
 from snakegpt.artefacts import NOTES, HashedFile, read_notes
 from snakegpt.identity import Action, code_of
@@ -192,8 +193,7 @@ def noop(folder: Path, rounds: int, parts: int) -> list[Row]:
     fill_trivial(theirs, parts)
     commands = {"snakegpt": (ours, ["train_x", *FLAGS]), "trivial": (theirs, TRIVIAL_FLAGS)}
     for place, words in commands.values():
-        # Gives every result the metadata that Snakemake keeps of a job that ran.
-        snakemake(place, [*words, "--touch", "--forceall"])
+        touch(place, words)
         assert "Nothing to be done" in snakemake(place, words).text, place
     measured = in_turn(
         rounds,
