@@ -13,7 +13,7 @@ from torch import Tensor
 
 LossKernel = Literal["plain", "chunked"]
 
-CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
+CHUNK_LOGITS = 1 << 23  # logits held at once: 32 MiB in float32
 PLAIN_LOGITS = 1 << 25  # below it the plain way is quicker and takes little
 
 
@@ -72,22 +72,23 @@ class _ChunkedLosses(torch.autograd.Function):
         grad_head_VC = torch.zeros_like(head_VC) if wants_head else None
         _pass(x_NC, head_VC, target_N, softcap, dtype, losses_N, grad_x_NC, grad_head_VC)
         ctx.softcap, ctx.dtype = softcap, dtype
-        ctx.save_for_backward(x_NC, head_VC, target_N, grad_x_NC, grad_head_VC)
+        ctx.save_for_backward(x_NC, head_VC, target_N)
+        # Not saved with them: autograd copies a gradient that somebody else still holds.
+        ctx.gradients = grad_x_NC, grad_head_VC
         return losses_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_NC, head_VC, target_N, grad_x_NC, grad_head_VC = ctx.saved_tensors
+        x_NC, head_VC, target_N = ctx.saved_tensors
+        (grad_x_NC, grad_head_VC), ctx.gradients = ctx.gradients, None  # used up: once only
         if grad_x_NC is not None:
-            grad_x_NC = grad_x_NC * factor_N.unsqueeze(1)
+            grad_x_NC.mul_(factor_N.unsqueeze(1))
         if grad_head_VC is not None:
-            if (
-                factor_N.stride() == (0,) or len(factor_N) == 1
-            ):  # one number, as a mean sends it back
-                grad_head_VC.mul_(factor_N[0])  # in place: autograd refuses to come here twice
+            if factor_N.stride() == (0,) or len(factor_N) == 1:  # one number, as a mean sends it back
+                grad_head_VC.mul_(factor_N[0])
             else:
-                grad_head_VC = torch.zeros_like(head_VC)
+                grad_head_VC.zero_()
                 losses_N = torch.empty_like(factor_N)
                 how = (ctx.softcap, ctx.dtype)
                 _pass(x_NC, head_VC, target_N, *how, losses_N, None, grad_head_VC, factor_N)
