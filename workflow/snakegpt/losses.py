@@ -35,6 +35,11 @@ def token_losses(
     """
     if kernel == "plain":
         return F.cross_entropy(logits(x_NC, head_VC, softcap).float(), target_N, reduction="none")
+    return _chunked(x_NC, head_VC, target_N, softcap)
+
+
+@torch.compiler.disable  # a loop over large products: nothing in it could be fused
+def _chunked(x_NC: Tensor, head_VC: Tensor, target_N: Tensor, softcap: float | None) -> Tensor:
     device = x_NC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NC.dtype
     losses_N: Tensor = _ChunkedLosses.apply(x_NC, head_VC, target_N, softcap, dtype)
@@ -85,7 +90,9 @@ class _ChunkedLosses(torch.autograd.Function):
         if grad_x_NC is not None:
             grad_x_NC.mul_(factor_N.unsqueeze(1))
         if grad_head_VC is not None:
-            if factor_N.stride() == (0,) or len(factor_N) == 1:  # one number, as a mean sends it back
+            if (
+                factor_N.stride() == (0,) or len(factor_N) == 1
+            ):  # one number, as a mean sends it back
                 grad_head_VC.mul_(factor_N[0])
             else:
                 grad_head_VC.zero_()
