@@ -31,6 +31,7 @@ from snakegpt.settings import Training
 from torch import Tensor, nn
 
 CONTEXT, ROWS = 64, 12
+VALIDATION_TOKENS = 32_768
 RECIPE: dict[str, Any] = {
     "optimizer": "muon",
     "learning_rate": 0.02,
@@ -138,10 +139,9 @@ def loss_of(
             clip_gradients(model.parameters(), recipe.gradient_clip)
             for optimizer in optimizers:
                 optimizer.step()
+        held_out = sequential_batches(validation, CONTEXT, 128, n_targets=VALIDATION_TOKENS)
         with torch.no_grad():
-            losses = [
-                model(x, y).flatten() for x, y in sequential_batches(validation, CONTEXT, 128)
-            ]
+            losses = [model(x, y).flatten() for x, y in held_out]
     return float(torch.cat(losses).mean())
 
 
