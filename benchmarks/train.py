@@ -11,7 +11,8 @@ each; what lies in --folder is not run again, so parts can be measured one by on
 
 Both sides are whole processes on the same tokens (nanoGPT's: one id a character, the last tenth for
 validation), with two CPU threads, and both models are scored on the same windows: all of validation, in
-order. CPU time stands beside wall time, since another process on the machine lengthens the latter.
+order. CPU time stands beside wall time, since other work on the machine lengthens the latter; it lengthens
+CPU time too where threads spin while they wait for each other, so on a busy machine use --threads 1.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main() -> None:
     made.add_argument(
         "--tuned-steps", type=int, default=300, help="the same, against the tuned one"
     )
+    made.add_argument("--threads", type=int, default=2, help="CPU threads of each side")
     made.add_argument("--precision", default="auto", help="ours: auto | float32 | bfloat16")
     args = made.parse_args()
     if args.parts != ["memory"] and not (args.nanogpt and args.text):
@@ -224,7 +226,7 @@ class Bench:
                 *(sys.executable, "-m", "snakegpt.stages.train_model"),
                 *("--tokens", str(self.manifest), "--out", str(out)),
                 *("--settings", json.dumps(settings)),
-                *("--execution", json.dumps({"device": "cpu", "threads": 2})),
+                *("--execution", json.dumps({"device": "cpu", "threads": self.args.threads})),
             ]
 
         def score(out: Path) -> float:
@@ -315,6 +317,7 @@ class Bench:
         cwd: Path | None = None,
     ) -> dict[str, Any]:
         """Times, steps and, if wanted, the loss of a run; one that is scored stays in the folder."""
+        identity = {**identity, "threads": self.args.threads}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         kept = self.folder / f"{side}-{digest[:16]}.json"
         if score and kept.exists():
@@ -322,7 +325,7 @@ class Bench:
             return found
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             out, log = Path(name) / "out", Path(name) / "log"
-            environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+            environment = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads)}
             started = time.perf_counter()
             with log.open("w") as file:
                 process = subprocess.Popen(
