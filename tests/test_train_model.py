@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,13 +138,25 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
         time.sleep(0.01)
 
     at = steps_saved(state)
-    agent = start(manifest, out, state, ranks=2)  # one rank dies
+    agent = start(manifest, out, state, ranks=2, restarts=0)  # one rank dies
     wait_for_step(at + 10, state, agent)
     os.kill(children(agent.pid)[1], signal.SIGKILL)
     status, said = ended(agent)
     assert status == 1
     assert "a rank was killed by SIGKILL" in said
     assert "Traceback" not in said
+
+    at = steps_saved(state)
+    agent = start(manifest, out, state, ranks=2)  # one dies, and all start again by themselves
+    wait_for_step(at + 10, state, agent)
+    at, [_, rank] = steps_saved(state), children(agent.pid)
+    os.kill(rank, signal.SIGKILL)
+    wait_for_step(at + 10, state, agent)
+    assert rank not in children(agent.pid)
+    agent.kill()
+    said = ended(agent)[1]
+    assert said.index("a rank was killed by SIGKILL") < said.index("starts again")
+    assert said.count("resumes at step") == 2
 
     at = steps_saved(state)
     agent = start(manifest, out, state, ranks=2)  # a cluster asks it to stop
@@ -156,6 +169,20 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
     assert ended(start(manifest, out, state, ranks=2))[0] == 0
     for name in ("weights.safetensors", "best.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@linux
+def test_a_rank_that_hangs_ends_the_run_and_shows_where_the_others_stand(manifest, tmp_path):
+    state = tmp_path / "state"
+    short = {"hang_timeout_s": 3, "stop_timeout_s": 2, "restarts": 0}
+    agent = start(manifest, tmp_path / "out", state, ranks=2, **short)
+    wait_for_step(10, state, agent)
+    os.kill(children(agent.pid)[1], signal.SIGSTOP)
+    status, said = ended(agent)
+    assert status == 1
+    assert "error: rank 0: no progress for" in said
+    assert re.search(r'File ".*updates.py", line \d+ in ', said)
+    assert said.rstrip().endswith("the same command resumes from the last saved state")
 
 
 def test_a_mistake_found_by_the_ranks_is_said_once(manifest, tmp_path):
@@ -196,6 +223,20 @@ def with_model(**model):
         (with_model(hedas=2), {}, "unknown setting model.hedas. Nearest valid name: heads."),
         (changed(precision="float8"), {}, "training.precision"),
         (SETTINGS, {"ranks": 5}, "execution.ranks = 5 does not divide the 8 rows"),
+        (SETTINGS, {"ranks": 16}, "execution.ranks = 16 does not divide the 8 rows"),
+        (SETTINGS, {"device": "tpu"}, "execution.device: Input should be 'auto', 'cpu', 'cuda'"),
+        (SETTINGS, {"strategy": "zero3"}, "execution.strategy"),
+        (
+            SETTINGS,
+            {"deterministic": True, "strategy": "fsdp"},
+            "execution.deterministic goes with strategy ddp alone, not with fsdp",
+        ),
+        (SETTINGS, {"deterministic": True, "rows_per_rank": 3}, "does not divide the 8 rows"),
+        (
+            SETTINGS,
+            {"deterministic": True, "rows_per_rank": 4, "ranks": 4},
+            "execution.ranks = 4 does not divide the 2",
+        ),
         (SETTINGS, {"ranks": 1, "rows_per_rank": 3}, "execution.rows_per_rank = 3"),
     ],
 )
@@ -208,6 +249,23 @@ def test_settings_that_do_not_fit_are_refused(
 def test_cuda_asked_for_where_there_is_none_is_refused(manifest, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "available: " in refusal(capsys, manifest, tmp_path, device="cuda")
+
+
+def test_more_ranks_than_windows_are_refused(tmp_path, capsys):
+    few = tokens(tmp_path / "few", n_train=30)
+    said = refusal(capsys, few, tmp_path, ranks=4)
+    assert "4 ranks would share 3 windows of 8 tokens" in said
+    assert "set execution.ranks to at most 3" in said
+
+
+def test_a_state_of_another_run_is_refused(manifest, tmp_path, capsys):
+    command = train_command(manifest, tmp_path / "out", SETTINGS, {}, tmp_path / "state")
+    train_model.main(command[3:])
+    other = changed(learning_rate=0.02)
+    command = train_command(manifest, tmp_path / "out", other, {}, tmp_path / "state")
+    with pytest.raises(SystemExit):
+        train_model.main(command[3:])
+    assert "of another run: training.learning_rate 0.01, here 0.02." in capsys.readouterr().err
 
 
 def test_a_validation_split_without_a_target_is_refused(tmp_path, capsys):

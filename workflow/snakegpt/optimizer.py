@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from snakegpt.settings import ScheduleKind, Training
 
@@ -167,7 +166,7 @@ class Muon(torch.optim.Optimizer):
                     gradient = torch.where(skipped.bool(), average, gradient)
                 average.lerp_(gradient, 1 - group["momentum"])
                 ahead = gradient.lerp(average, group["momentum"])
-                whole = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
+                whole = ahead.full_tensor() if hasattr(ahead, "full_tensor") else ahead
                 places = []
                 for matrix in whole.chunk(group["stacked"]):
                     places.append((matrix.shape, len(by_shape[matrix.shape])))
@@ -176,9 +175,11 @@ class Muon(torch.optim.Optimizer):
         straight = {shape: self._orthogonal(matrices) for shape, matrices in by_shape.items()}
         for parameter, group, places in moves:
             move = torch.cat([straight[shape][place] for shape, place in places])
-            if isinstance(parameter, DTensor):  # every rank has the whole: each takes its part
-                mesh, parts = parameter.device_mesh, parameter.placements
-                move = distribute_tensor(move, mesh, parts, src_data_rank=None)
+            if hasattr(parameter, "device_mesh"):  # sharded: of the whole, each rank takes its part
+                from torch.distributed.tensor import distribute_tensor  # takes a second to load
+
+                where = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+                move = distribute_tensor(move, *where, src_data_rank=None)
             rows, columns = places[0][0]
             decay = group["lr"] * group["weight_decay"]
             if skipped is not None:

@@ -122,7 +122,8 @@ def train_model(
         # Another number of threads adds up matrix products in another order.
         one_order = execution.deterministic
         torch.set_num_threads(1 if one_order else max(1, threads // group.local_ranks))
-        torch.use_deterministic_algorithms(one_order)
+        if one_order:  # by default not even mentioned: it loads torch's compiler, which takes seconds
+            torch.use_deterministic_algorithms(True)
         share = rows // group.ranks
         passes = choose_passes(training, execution, shape, device=device, share=share)
         launch = Launch(
