@@ -42,6 +42,7 @@ def trainer(
             "device": "cpu",
             "dtype": torch.float32,
             "kernel": "sdpa",
+            "loss": "plain",
             "compiled": False,
             "micro_rows": 8 // group.ranks,
             "threads": 1,

@@ -42,6 +42,7 @@ LAYERS = [
         "inspect",
     },
     {
+        "losses",
         "model",
         "huggingface_format",
         "optimizer",

@@ -166,7 +166,7 @@ class Muon(torch.optim.Optimizer):
                     gradient = torch.where(skipped.bool(), average, gradient)
                 average.lerp_(gradient, 1 - group["momentum"])
                 ahead = gradient.lerp(average, group["momentum"])
-                whole = ahead.full_tensor() if hasattr(ahead, "full_tensor") else ahead
+                whole = ahead.full_tensor() if _is_sharded(ahead) else ahead
                 places = []
                 for matrix in whole.chunk(group["stacked"]):
                     places.append((matrix.shape, len(by_shape[matrix.shape])))
@@ -175,11 +175,8 @@ class Muon(torch.optim.Optimizer):
         straight = {shape: self._orthogonal(matrices) for shape, matrices in by_shape.items()}
         for parameter, group, places in moves:
             move = torch.cat([straight[shape][place] for shape, place in places])
-            if hasattr(parameter, "device_mesh"):  # sharded: of the whole, each rank takes its part
-                from torch.distributed.tensor import distribute_tensor  # takes a second to load
-
-                where = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
-                move = distribute_tensor(move, *where, src_data_rank=None)
+            if _is_sharded(parameter):  # every rank has the whole: each takes its part
+                move = _sharded_as(parameter, move)
             rows, columns = places[0][0]
             decay = group["lr"] * group["weight_decay"]
             if skipped is not None:
@@ -205,6 +202,17 @@ class Muon(torch.optim.Optimizer):
         received = sent.new_empty(n * share, *matrices[0].shape)
         dist.all_gather_into_tensor(received, sent, group=self.ranks)
         return list(received[: len(matrices)])
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, without its module, which takes longer to load than a small model to train."""
+    return hasattr(tensor, "full_tensor")
+
+
+def _sharded_as(like: Any, tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def orthogonalised(matrices_NRC: Tensor) -> Tensor:

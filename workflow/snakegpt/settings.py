@@ -245,11 +245,34 @@ Tokenizer = Annotated[AnyTokenizer, Field(discriminator="kind")]
 # ---- experiments -----------------------------------------------------------------------------
 
 
+PRESETS = {  # layers, heads, channels, context; from 124M on the sizes of GPT-2
+    "nano": (3, 3, 48, 64),
+    "micro": (4, 4, 128, 64),
+    "mini": (6, 6, 384, 256),
+    "124M": (12, 12, 768, 1024),
+    "350M": (24, 16, 1024, 1024),
+    "774M": (36, 20, 1280, 1024),
+    "1.5B": (48, 25, 1600, 1024),
+}
+
+
 class Model(Closed):
     """The network. Defaults are GPT-2 124M."""
 
-    architecture: Literal["gpt2"] = "gpt2"
-    """gpt2: OpenAI's, as transformers' GPT2LMHeadModel computes it."""
+    CHOICES = {
+        "architecture": {
+            "gpt2": {"bias": True},
+            "modern": {"tie_embeddings": True, "logit_softcap": 15.0},
+        },
+    }
+
+    architecture: Literal["gpt2", "modern"] = "gpt2"
+    """gpt2: OpenAI's, as transformers' GPT2LMHeadModel computes it; modern: rotary positions, QK norm and more, as its NanoChatForCausalLM does."""
+    preset: Annotated[
+        Literal["nano", "micro", "mini", "124M", "350M", "774M", "1.5B"] | None,
+        Field(json_schema_extra=LABEL),
+    ] = None
+    """Layers, heads, channels and context of a known size, where they are not set themselves."""
     layers: Annotated[int, Field(ge=1)] = 12
     """Transformer blocks."""
     heads: Annotated[int, Field(ge=1)] = 12
@@ -260,10 +283,37 @@ class Model(Closed):
     """Longest sequence the model sees, tokens."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability during training."""
-    bias: bool = True
-    """Biases in linear layers and layer norms."""
+    bias: bool | None = None
+    """gpt2 only, true unless set: biases in linear layers and layer norms."""
+    tie_embeddings: bool | None = None
+    """modern only, true unless set: the head is the token embedding again. (gpt2's always is.)"""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """modern only, 15 unless set: logits are held between this and its negative; null for off."""
     vocabulary_multiple: Annotated[int, Field(ge=1)] = 64
     """The vocabulary is padded up to a multiple of this (50,257 becomes 50,304)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, values: Any) -> Any:
+        sizes = PRESETS.get(str(values.get("preset"))) if isinstance(values, Mapping) else None
+        fields = ("layers", "heads", "channels", "context")
+        return {**dict(zip(fields, sizes, strict=True)), **values} if sizes else values
+
+
+def model_problems(model: Model, where: str) -> list[str]:
+    """Complaints about a model's sizes and about fields that its architecture does not know."""
+    problems = meaningless(model, where)
+    channels, heads = model.channels, model.heads
+    modern = model.architecture == "modern"
+    multiple = heads * (2 if modern else 1)
+    if channels % multiple:
+        below, above = (channels // multiple * multiple + d for d in (0, multiple))
+        why = f"heads = {heads}" + (" x 2 (rotary positions turn pairs)" if modern else "")
+        problems.append(
+            f"{where}.channels = {channels} is not a multiple of {why};"
+            f" nearest that fit: {below or above} and {above}."
+        )
+    return problems
 
 
 class Training(Closed):
@@ -302,6 +352,8 @@ class Training(Closed):
     """muon only, 0.02 unless set: its peak learning rate, the size (spectral norm) of a square matrix's change in a step."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """muon only, 0.95 unless set: decay rate of its average of gradients."""
+    document_masking: bool = False
+    """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Global norm that gradients are clipped to; null for off."""
     skip_spikes_above: Annotated[float, Field(gt=0)] | None = None
@@ -355,8 +407,10 @@ class Execution(Closed):
     """Training processes; auto: one a GPU, on CPU as many as threads and rows of a batch allow."""
     rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Micro-batch of one rank, sequences; the rest of a step is gradient accumulation."""
-    attention: Literal["auto", "sdpa", "math"] = "auto"
-    """Attention kernel; auto: the faster one for device, precision and context."""
+    attention: Literal["auto", "sdpa", "math", "flex"] = "auto"
+    """Attention kernel: torch's fused one, written out, or torch's flex_attention (document_masking on cuda); auto: the fastest for device, precision and context."""
+    cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
+    """Loss of the head: over all logits at once, or a chunk of tokens at a time, which takes a fraction of the memory; auto: chunked for large vocabularies."""
     compiled: Literal["auto"] | bool = "auto"
     """torch.compile the model; auto: on cuda only."""
     strategy: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
@@ -573,12 +627,7 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
         value = getattr(experiment, noun)
         if value not in table:
             problems.append(f"{where}.{noun} = '{value}' is not defined.{nearest(value, table)}")
-    if model.channels % model.heads:
-        below, above = (model.channels // model.heads * model.heads + d for d in (0, model.heads))
-        problems.append(
-            f"{where}.model.channels = {model.channels} is not a multiple of heads = {model.heads};"
-            f" nearest that fit: {below or above} and {above}."
-        )
+    problems += model_problems(model, f"{where}.model")
     if training.batch_tokens % model.context:
         rows = training.batch_tokens // model.context
         problems.append(

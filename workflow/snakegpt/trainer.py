@@ -52,6 +52,8 @@ class Trainer:
         group: Group,
         state_folder: Path,
         tokenizer_fingerprint: str,
+        *,
+        end_of_text: int = 0,
         inputs: Mapping[str, Any] | None = None,
     ) -> None:
         """inputs: digests of what is trained on, which a saved state must share"""
@@ -64,7 +66,9 @@ class Trainer:
             **(inputs or {}),
         }
         self.states = StateFolder(state_folder, launch.label, group, run, kept=launch.keep_states)
-        self.updates = Updates(shape, recipe, train, validation, self._with_what_fitted(), group)
+        self.updates = Updates(
+            shape, recipe, train, validation, self._with_what_fitted(), group, end_of_text
+        )
         self.step = 0  # updates done, or skipped
         self.skipped_batches = 0  # of the order, where training went back
         self.rollbacks = 0

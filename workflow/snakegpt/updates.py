@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from snakegpt.batches import TokenStream, TrainingBatches, sequential_batches
+from snakegpt.batches import TokenStream, TrainingBatches, documents_in, sequential_batches
 from snakegpt.distributed import Group, Strategy
 from snakegpt.errors import UserError
 from snakegpt.fitting import compute_twice, largest_that_fits, smaller, why_it_does_not_compile
+from snakegpt.losses import LossKernel
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import schedule_of, set_learning_rate
 from snakegpt.prefetch import ahead_of
@@ -43,6 +44,7 @@ class Launch:
     device: str
     dtype: torch.dtype
     kernel: AttentionKernel
+    loss: LossKernel
     compiled: bool
     micro_rows: int
     threads: int
@@ -74,14 +76,17 @@ class Updates:
         validation: TokenStream,
         launch: Launch,
         group: Group,
+        end_of_text: int,
     ) -> None:
+        self.end_of_text = end_of_text
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
         self.validation, self.micro_rows = validation, launch.micro_rows
         rows = recipe.batch_tokens // shape.context
         self.batches = TrainingBatches(train, shape.context, rows, recipe.seed)
         self.share = rows // group.ranks
         self.schedule = schedule_of(recipe)
-        self.model = initialise(GPT(shape, launch.kernel), recipe.seed).to(launch.device)
+        self.model = initialise(GPT(shape, launch.kernel, launch.loss), recipe.seed)
+        self.model.to(launch.device)
         self.computes_twice = False
         if launch.activation_checkpointing:
             self._compute_twice()
@@ -169,8 +174,11 @@ class Updates:
             x.to(self.launch.device, non_blocking=True) for x in (ids_BT, targets_BT)
         )
         mixed = self.launch.dtype != torch.float32
+        documents_BT = None
+        if self.recipe.document_masking and self.model.training:
+            documents_BT, _ = documents_in(ids_BT, self.end_of_text)
         with torch.autocast(self.launch.device, self.launch.dtype, enabled=mixed):
-            losses_BT: Tensor = network(ids_BT, targets_BT)
+            losses_BT: Tensor = network(ids_BT, targets_BT, documents_BT=documents_BT)
         return losses_BT
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Train a GPT on tokens, on one process or many; interrupted, the same command goes on where it was.
 
 Reads: manifest.json of a token set, its shards beside it. Writes: weights.safetensors (last) and
-best.safetensors (lowest validation loss), float32 under the names of transformers' GPT2LMHeadModel;
-config.json, which transformers loads; metrics.jsonl, one JSON object a line. By hand:
+best.safetensors (lowest validation loss), float32 under the names of transformers' GPT2LMHeadModel or
+NanoChatForCausalLM; config.json, which transformers loads; metrics.jsonl, one JSON object a line. By hand:
 
     python -m snakegpt.stages.train_model --tokens results/tokens/shakespeare-gpt2/manifest.json \\
         --settings '{"model": {"layers": 2, "heads": 2, "channels": 64, "context": 64},
@@ -29,7 +29,7 @@ from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
 from snakegpt.model import n_parameters
 from snakegpt.placement import choose_passes, shape_of
-from snakegpt.settings import Execution, Model, Training
+from snakegpt.settings import Execution, Model, Training, model_problems, science
 from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Trainer
 from snakegpt.training_state import newest_step
@@ -64,14 +64,14 @@ def train_model(
     arguments  this command's own, for the ranks
     raises     UserError before the first step if tokens, settings and machine do not fit each other
     """
+    if problems := model_problems(model, "model"):
+        raise UserError("\n".join(problems))
     manifest = read_manifest(tokens)
     vocabulary = manifest["tokenizer"]["n_vocab"]
     shape = shape_of(model, vocabulary)
     rows = training.batch_tokens // model.context
-    if rows * model.context != training.batch_tokens or model.channels % model.heads:
-        raise UserError(
-            "training.batch_tokens must be a multiple of model.context, and model.channels of model.heads."
-        )
+    if rows * model.context != training.batch_tokens:
+        raise UserError("training.batch_tokens must be a multiple of model.context.")
     device = distributed.choose_device(execution.device)
     shares = rows  # what ranks can be given
     if execution.deterministic:
@@ -122,7 +122,9 @@ def train_model(
         # Another number of threads adds up matrix products in another order.
         one_order = execution.deterministic
         torch.set_num_threads(1 if one_order else max(1, threads // group.local_ranks))
-        if one_order:  # by default not even mentioned: it loads torch's compiler, which takes seconds
+        if (
+            one_order
+        ):  # by default not even mentioned: it loads torch's compiler, which takes seconds
             torch.use_deterministic_algorithms(True)
         share = rows // group.ranks
         passes = choose_passes(training, execution, shape, device=device, share=share)
@@ -131,6 +133,7 @@ def train_model(
             device=device,
             dtype=passes.dtype,
             kernel=passes.kernel,
+            loss=passes.loss,
             compiled=device == "cuda" if execution.compiled == "auto" else execution.compiled,
             micro_rows=passes.micro_rows,
             threads=torch.get_num_threads(),
@@ -148,18 +151,27 @@ def train_model(
             keep_states=execution.keep_states,
         )
         fingerprint = manifest["tokenizer"]["fingerprint"]
-        inputs = {"tokens": file_digest(tokens)}
+        end_of_text = manifest["tokenizer"]["end_of_text"]
         trainer = Trainer(
-            shape, training, train, validation, launch, group, state, fingerprint, inputs
+            shape,
+            training,
+            train,
+            validation,
+            launch,
+            group,
+            state,
+            fingerprint,
+            end_of_text=end_of_text,
+            inputs={"tokens": file_digest(tokens)},
         )
         trainer.run(out, watchdog)
         if group.leads:
             config = to_config(
                 shape,
                 n_vocab=vocabulary,
-                end_of_text=manifest["tokenizer"]["end_of_text"],
+                end_of_text=end_of_text,
                 tokenizer_fingerprint=fingerprint,
-                model=model.model_dump(),
+                model=science(model),
             )
             write_json(out / "config.json", config)
 
