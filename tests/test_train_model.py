@@ -28,7 +28,7 @@ from train_fixtures import (
 )
 from transformers import AutoModelForCausalLM
 
-LONG = changed(steps=200, validation_interval=50)
+LONG = changed(steps=80, validation_interval=30)
 EVERY_STEP = {"save_interval_s": 1e-6}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -99,13 +99,13 @@ def test_killed_stopped_and_resumed_is_undisturbed(manifest, tmp_path):
     assert train(manifest, whole, LONG, ranks=1).returncode == 0
     out, state = tmp_path / "out", tmp_path / "state"
     first = start(manifest, out, state, ranks=1)
-    wait_for_step(10, state, first)
+    wait_for_step(5, state, first)
     first.kill()
     assert ended(first)[0] == -signal.SIGKILL
 
     at = steps_saved(state)
     second = start(manifest, out, state, ranks=1)
-    wait_for_step(at + 10, state, second)
+    wait_for_step(at + 5, state, second)
     second.terminate()
     status, said = ended(second)
     assert status == 75
@@ -127,7 +127,7 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
     assert train(manifest, whole, LONG, ranks=2).returncode == 0
     out, state = tmp_path / "out", tmp_path / "state"
     agent = start(manifest, out, state, ranks=2)  # the whole run dies ...
-    wait_for_step(10, state, agent)
+    wait_for_step(5, state, agent)
     ranks = children(agent.pid)
     assert len(ranks) == 2
     agent.kill()
@@ -139,7 +139,7 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
 
     at = steps_saved(state)
     agent = start(manifest, out, state, ranks=2, restarts=0)  # one rank dies
-    wait_for_step(at + 10, state, agent)
+    wait_for_step(at + 5, state, agent)
     os.kill(children(agent.pid)[1], signal.SIGKILL)
     status, said = ended(agent)
     assert status == 1
@@ -148,10 +148,10 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
 
     at = steps_saved(state)
     agent = start(manifest, out, state, ranks=2)  # one dies, and all start again by themselves
-    wait_for_step(at + 10, state, agent)
+    wait_for_step(at + 5, state, agent)
     at, [_, rank] = steps_saved(state), children(agent.pid)
     os.kill(rank, signal.SIGKILL)
-    wait_for_step(at + 10, state, agent)
+    wait_for_step(at + 5, state, agent)
     assert rank not in children(agent.pid)
     agent.kill()
     said = ended(agent)[1]
@@ -160,7 +160,7 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
 
     at = steps_saved(state)
     agent = start(manifest, out, state, ranks=2)  # a cluster asks it to stop
-    wait_for_step(at + 10, state, agent)
+    wait_for_step(at + 5, state, agent)
     agent.send_signal(signal.SIGUSR1)
     status, said = ended(agent)
     assert status == 75
@@ -174,9 +174,9 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
 @linux
 def test_a_rank_that_hangs_ends_the_run_and_shows_where_the_others_stand(manifest, tmp_path):
     state = tmp_path / "state"
-    short = {"hang_timeout_s": 3, "stop_timeout_s": 2, "restarts": 0}
+    short = {"hang_timeout_s": 12, "stop_timeout_s": 2, "restarts": 0}
     agent = start(manifest, tmp_path / "out", state, ranks=2, **short)
-    wait_for_step(10, state, agent)
+    wait_for_step(5, state, agent)
     os.kill(children(agent.pid)[1], signal.SIGSTOP)
     status, said = ended(agent)
     assert status == 1
