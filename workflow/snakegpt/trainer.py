@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from snakegpt.batches import TokenStream
+from snakegpt.continuation import Finished, fill, leave
 from snakegpt.distributed import Group, StartAgain, StopRequest
 from snakegpt.durable import write_atomically, write_text_atomically
 from snakegpt.errors import Interrupted, UserError
@@ -55,15 +56,17 @@ class Trainer:
         *,
         end_of_text: int = 0,
         inputs: Mapping[str, Any] | None = None,
+        before: Finished | None = None,
     ) -> None:
-        """inputs: digests of what is trained on, which a saved state must share"""
+        """inputs: digests of what is trained on, which a saved state must share; before: to go on from"""
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
-        self.fingerprint = tokenizer_fingerprint
+        self.fingerprint, self.before = tokenizer_fingerprint, before
         run = {
             "model": asdict(shape),
             "training": recipe.model_dump(),
             "tokenizer": tokenizer_fingerprint,
             **(inputs or {}),
+            "continued": before.note if before else None,
         }
         self.states = StateFolder(state_folder, launch.label, group, run, kept=launch.keep_states)
         self.updates = Updates(
@@ -86,6 +89,8 @@ class Trainer:
         """
         stop = StopRequest()
         saved = self.states.newest()
+        if saved is None and self.before:
+            self._continue(self.before)
         if self.group.leads:
             if saved is None:
                 self.states.require_space(n_parameters(self.shape))
@@ -171,6 +176,7 @@ class Trainer:
             save_weights(out / "weights.safetensors", whole, self.fingerprint)
             shutil.copyfile(self.states.best_weights(self.best_step), out / "best.safetensors")
             shutil.copyfile(self.states.metrics, out / "metrics.jsonl")
+            leave(out, self.states.at(self.step), recipe, self.fingerprint)
 
     # ---- what is not taken, and going back ----
 
@@ -271,6 +277,20 @@ class Trainer:
         self.busy_s = saved.note["busy_s"]
         if self.group.leads:
             say(f"{self.launch.label}  resumes at step {self.step:,} of {self.recipe.steps:,}")
+
+    def _continue(self, before: Finished) -> None:
+        """Take what a finished run left."""
+        strategy, judge, whole = self.updates.strategy, self.updates.judge, before.tensors()
+        room = {
+            **strategy.room_for({name: tensor.shape for name, tensor in whole.items()}),
+            **judge.tensors(),
+        }
+        fill(room, whole)
+        strategy.take(room)
+        judge.resume(before.note["in_a_row"])
+        self._continue_with(before.note)
+        if self.group.leads:
+            say(f"{self.launch.label}  continues a run of {self.step:,} steps")
 
     def _continue_with(self, note: Mapping[str, Any]) -> None:
         self.step, self.skipped_batches = note["step"], note["skipped_batches"]

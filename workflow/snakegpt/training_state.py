@@ -177,6 +177,10 @@ class StateFolder:
         """
         return self._agreed(self._newest_whole() if self.group.leads else None)
 
+    def at(self, step: int) -> Saved:
+        """The state that was saved after so many updates."""
+        return Saved(self._path(step), _note(self._path(step)))
+
     def newest_good(self) -> Saved | None:
         """The newest state that training may go back to, the same on all ranks."""
         return self._agreed(self._newest_whole(good=True) if self.group.leads else None)
@@ -185,7 +189,7 @@ class StateFolder:
         step = int(self.group.sum(torch.tensor(leads.step + 1 if leads else 0))) - 1
         if step < 0:
             return None
-        saved = Saved(self._path(step), _note(self._path(step)))
+        saved = self.at(step)
         if saved.note["run"] != self.run:
             raise UserError(
                 f"the state in {self.folder} is of another run:"
