@@ -3,11 +3,13 @@
     torchrun --nproc-per-node 2 tests/ranks_at_work.py jobs.json
 
 jobs.json   list of {"out": folder, "state": folder, "manifest": path, "training": settings,
-            "launch": settings, "stop_at": step after which it is to stop, or null}
+            "launch": settings, "shape": what differs from SHAPE, "local_ranks": of a node that
+            is made up, "stop_at": step after which it is to stop}; all but the first three optional
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -61,6 +63,7 @@ def trainer(
 def work(job: dict[str, Any], group: Group) -> None:
     out, state = Path(job["out"]), Path(job["state"])
     out.mkdir(parents=True, exist_ok=True)
+    group = dataclasses.replace(group, local_ranks=job.get("local_ranks", group.ranks))
     shape = Shape(**{**SHAPE.__dict__, **job.get("shape", {})})
     one = trainer(
         state, Path(job["manifest"]), group, shape, job.get("launch"), **job.get("training", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -75,6 +76,7 @@ def test_what_it_leaves_loads_in_transformers_and_here(manifest, tmp_path):
     done = train(manifest, out, ranks=1)
     assert done.returncode == 0, done.stderr
     names = {"weights.safetensors", "best.safetensors", "config.json", "metrics.jsonl"}
+    names |= {"optimizer.safetensors"}
     assert {path.name for path in out.iterdir()} == names
     config = json.loads((out / "config.json").read_text())
     assert config["vocab_size"] == 12  # 11 ids, padded to a multiple of 4
@@ -122,6 +124,23 @@ def test_killed_stopped_and_resumed_is_undisturbed(manifest, tmp_path):
 
 
 @linux
+def test_a_rank_that_dies_is_replaced_and_the_run_ends_undisturbed(manifest, tmp_path):
+    whole, out, state = (tmp_path / name for name in ("whole", "out", "state"))
+    assert train(manifest, whole, LONG, ranks=2).returncode == 0
+    agent = start(manifest, out, state, ranks=2)
+    wait_for_step(5, state, agent)
+    os.kill(children(agent.pid)[1], signal.SIGKILL)
+    status, said = ended(agent)
+    assert status == 0, said
+    assert said.index("a rank was killed by SIGKILL") < said.index("starts again")
+    assert said.count("resumes at step") == 1
+    assert "Traceback" not in said
+    for name in ("weights.safetensors", "best.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@linux
+@pytest.mark.long
 def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp_path):
     whole = tmp_path / "whole"
     assert train(manifest, whole, LONG, ranks=2).returncode == 0
@@ -146,29 +165,48 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
     assert "a rank was killed by SIGKILL" in said
     assert "Traceback" not in said
 
-    at = steps_saved(state)
-    agent = start(manifest, out, state, ranks=2)  # one dies, and all start again by themselves
-    wait_for_step(at + 5, state, agent)
-    at, [_, rank] = steps_saved(state), children(agent.pid)
-    os.kill(rank, signal.SIGKILL)
-    wait_for_step(at + 5, state, agent)
-    assert rank not in children(agent.pid)
-    agent.kill()
-    said = ended(agent)[1]
-    assert said.index("a rank was killed by SIGKILL") < said.index("starts again")
-    assert said.count("resumes at step") == 2
-
-    at = steps_saved(state)
-    agent = start(manifest, out, state, ranks=2)  # a cluster asks it to stop
-    wait_for_step(at + 5, state, agent)
-    agent.send_signal(signal.SIGUSR1)
-    status, said = ended(agent)
-    assert status == 75
-    assert said.splitlines()[-1].startswith("interrupted: train_model saved its state at step")
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # a cluster asks it to stop
+        at = steps_saved(state)
+        agent = start(manifest, out, state, ranks=2)
+        wait_for_step(at + 5, state, agent)
+        agent.send_signal(number)
+        status, said = ended(agent)
+        assert status == 75
+        assert said.splitlines()[-1].startswith("interrupted: train_model saved its state at step")
 
     assert ended(start(manifest, out, state, ranks=2))[0] == 0
     for name in ("weights.safetensors", "best.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.long
+def test_killed_at_twenty_random_times_it_ends_bit_for_bit_undisturbed(manifest, tmp_path):
+    """Also while it starts, loads, and writes a state: it saves as often as it can."""
+    settings = changed(steps=1500, validation_interval=100)
+    whole, out, state = (tmp_path / name for name in ("whole", "out", "state"))
+    begin = time.monotonic()
+    assert train(manifest, whole, settings, ranks=1).returncode == 0
+    whole_s = time.monotonic() - begin
+    draw = np.random.default_rng(20)
+    reached: list[int] = []
+    while len(reached) < 20:
+        command = train_command(manifest, out, settings, {**EVERY_STEP, "ranks": 1}, state)
+        one = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            one.wait(draw.uniform(0.1, whole_s))
+            break  # it ended before the kill
+        one.kill()
+        _, said = one.communicate()
+        reached.append(steps_saved(state))
+        assert "damaged" not in said
+    assert len(reached) == 20, reached
+    assert len(set(reached)) > 5
+    last = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert ended(last)[0] == 0
+    for name in ("weights.safetensors", "best.safetensors", "optimizer.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    losses = [[line["loss"] for line in metrics(o, "train")] for o in (whole, out)]
+    assert losses[0] == losses[1]
 
 
 @linux
