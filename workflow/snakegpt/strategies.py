@@ -252,9 +252,9 @@ class Ordered(Alone):
     Their number does not depend on the ranks, nor may their size, the threads of a rank and the dropout
     draws; see `snakegpt.stages.train_model`.
 
-    It costs memory for a few more gradients (two for each level of the tree that a rank's share is no
-    whole branch of, otherwise one) and (ranks - 1) whole gradients of traffic a step where ddp sends
-    less than two, after the last backward pass instead of beneath it.
+    It costs memory for some more gradients (one for each branch that is waiting for its other half) and
+    (ranks - 1) whole gradients of traffic a step where ddp sends less than two, after the last backward
+    pass instead of beneath it.
     """
 
     def begin(self, micro_batches: int) -> float:
@@ -271,27 +271,25 @@ class Ordered(Alone):
         self._done += 1
 
     def finish(self) -> None:
-        sums = joined(self._gathered()) if self.group.ranks > 1 else self._sums
-        total = whole(sums, self._share * self.group.ranks)
-        for parameter, gradient in zip(self.model.parameters(), total, strict=True):
-            parameter.grad = gradient
+        for index, parameter in enumerate(self.model.parameters()):
+            sums = [(leaves, [gradients[index]]) for leaves, gradients in self._sums]
+            if self.group.ranks > 1:
+                sums = joined(self._gathered(sums))
+            [parameter.grad] = whole(sums, self._share * self.group.ranks)
 
-    def _gathered(self) -> list[Branch]:
-        """The branches of all ranks, which may have different numbers of them."""
+    def _gathered(self, mine: list[Branch]) -> list[Branch]:
+        """The branches of all ranks, which may have different numbers of them, left to right."""
         branches = [
             _branches(range(rank * self._share, (rank + 1) * self._share))
             for rank in range(self.group.ranks)
         ]
-        assert [branch for branch, _ in self._sums] == branches[self.group.rank]
+        assert [leaves for leaves, _ in mine] == branches[self.group.rank]
         everything = []
         for index in range(max(map(len, branches))):
-            mine = self._sums[min(index, len(self._sums) - 1)][
-                1
-            ]  # sent in vain where there is none
-            parts = [self._from_all(gradient) for gradient in mine]
-            for rank, theirs in enumerate(branches):
+            [sent] = mine[min(index, len(mine) - 1)][1]  # in vain where there is none
+            for theirs, received in zip(branches, self._from_all(sent), strict=True):
                 if index < len(theirs):
-                    everything.append((theirs[index], [part[rank] for part in parts]))
+                    everything.append((theirs[index], [received]))
         return sorted(everything, key=lambda item: item[0].start)
 
     def _from_all(self, tensor: Tensor) -> list[Tensor]:
