@@ -129,22 +129,28 @@ class Updates:
         returns  the norm of the gradient, on the device
         raises   TooLarge, UserError if not even one row fits
         """
-        while True:
-            try:
-                self._gradients(place)
-                break
-            except torch.OutOfMemoryError:
-                if self.group.ranks > 1:
-                    raise TooLarge from None
-                self.shrink()
-                self.start(place)
+        while not self._fits(place):
+            if self.group.ranks > 1:
+                raise TooLarge
+            self.shrink()
+            self.start(place)
         set_learning_rate(self.strategy.optimizers, self.schedule.at(step))
         if self.judge.scale is not None:
             self.strategy.unscale(self.judge.scale)
         norm = self.strategy.clip(self.recipe.gradient_clip)
-        loss = self._losses_of_step[0] if self.judge.limit is None else self.mean_loss()
+        # All ranks must see one loss where it decides; else this rank's own says enough.
+        own = torch.stack(self._losses_of_step).mean()
+        loss = own if self.judge.limit is None else self.mean_loss()
         self.strategy.step(self.judge.refuses(step + 1, loss, norm))
         return norm
+
+    def _fits(self, place: int) -> bool:
+        """Compute the gradients of a step; False if memory ended. What was held is free again then."""
+        try:
+            self._gradients(place)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _gradients(self, place: int) -> None:
         """Gradients of the mean loss of a step, summed over micro-batches and ranks."""
