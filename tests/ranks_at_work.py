@@ -3,11 +3,13 @@
     torchrun --nproc-per-node 2 tests/ranks_at_work.py jobs.json
 
 jobs.json   list of {"out": folder, "state": folder, "manifest": path, "training": settings,
-            "launch": settings, "stop_at": step after which it is to stop, or null}
+            "launch": settings, "shape": what differs from SHAPE, "local_ranks": of a node that
+            is made up, "stop_at": step after which it is to stop}; all but the first three optional
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -19,7 +21,7 @@ from snakegpt.distributed import Group, joined
 from snakegpt.errors import Interrupted
 from snakegpt.model import Shape
 from snakegpt.settings import Training
-from snakegpt.tokens import open_split, read_manifest
+from snakegpt.tokens import open_sets, read_manifest
 from snakegpt.trainer import Trainer
 from snakegpt.updates import Launch
 from train_fixtures import SETTINGS
@@ -42,6 +44,7 @@ def trainer(
             "device": "cpu",
             "dtype": torch.float32,
             "kernel": "sdpa",
+            "loss": "plain",
             "compiled": False,
             "micro_rows": 8 // group.ranks,
             "threads": 1,
@@ -51,7 +54,7 @@ def trainer(
         }
     )
     content = read_manifest(manifest)
-    splits = [open_split(manifest, content, split) for split in ("train", "val")]
+    splits = [open_sets(manifest, content, split) for split in ("train", "val")]
     recipe = Training(**{**SETTINGS["training"], **training})
     fingerprint = content["tokenizer"]["fingerprint"]
     return Trainer(shape, recipe, *splits, how, group, state, fingerprint)
@@ -60,6 +63,7 @@ def trainer(
 def work(job: dict[str, Any], group: Group) -> None:
     out, state = Path(job["out"]), Path(job["state"])
     out.mkdir(parents=True, exist_ok=True)
+    group = dataclasses.replace(group, local_ranks=job.get("local_ranks", group.ranks))
     shape = Shape(**{**SHAPE.__dict__, **job.get("shape", {})})
     one = trainer(
         state, Path(job["manifest"]), group, shape, job.get("launch"), **job.get("training", {})

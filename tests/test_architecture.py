@@ -59,6 +59,7 @@ LAYERS = [
     {
         "training_state",
         "updates",
+        "continuation",
         "trainer",
         "evaluation",
         "sampling",

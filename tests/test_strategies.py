@@ -100,7 +100,17 @@ def test_states_are_resharded_between_ranks_and_strategies(runs, optimizer):
 
 
 def test_any_number_of_ranks_ends_at_the_same_bits_in_the_deterministic_mode(tmp_path):
+    """And, as four ranks are there already: fsdp on two nodes of two trains as one rank does."""
     manifest = tokens(tmp_path / "tokens")
+    nodes = {
+        "manifest": str(manifest),
+        "out": str(tmp_path / "nodes"),
+        "state": str(tmp_path / "nodes.state"),
+        "launch": {"strategy": "fsdp"},
+        "training": {"optimizer": "muon"},
+        "local_ranks": 2,
+    }
+    work({**nodes, "out": str(tmp_path / "one"), "state": str(tmp_path / "one.state")}, Group())
 
     def jobs(ranks: int) -> list[dict]:
         launch = {"deterministic": True, "micro_rows": 2}
@@ -121,8 +131,10 @@ def test_any_number_of_ranks_ends_at_the_same_bits_in_the_deterministic_mode(tmp
     for job in jobs(1):
         work(job, Group())
     torch.set_num_threads(threads)
-    for ranks in (2, 4):
-        ranks_work(ranks, jobs(ranks), tmp_path)
+    ranks_work(2, jobs(2), tmp_path)
+    ranks_work(4, [*jobs(4), nodes], tmp_path)
+    one, two = ([x["loss"] for x in metrics(tmp_path / f, "train")] for f in ("one", "nodes"))
+    assert two == pytest.approx(one, rel=1e-5)
     for optimizer in OPTIMIZERS:
         runs = [tmp_path / f"{ranks}-{optimizer}" for ranks in (1, 2, 4)]
         for name in ("weights", "best"):

@@ -411,7 +411,8 @@ def _launch_once(
             raise (StartAgain if found["again"] else Interrupted)(found["text"])
         if stopped and not found:
             raise Interrupted(STOPPED_EARLY)
-        if killed_by is not None:
+        # A rank that hangs is killed in the end; what the watchdog of another saw says more.
+        if killed_by is not None and not found.get("again"):
             name = signal.Signals(killed_by).name
             why = " (by hand, or for lack of memory)" if name == "SIGKILL" else ""
             raise RankFailed(f"a rank was killed by {name}{why}", by_chance=True)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snakegpt.continuation import Finished, fill, leave
 from snakegpt.distributed import Group, StartAgain, StopRequest
 from snakegpt.durable import write_atomically, write_text_atomically
 from snakegpt.errors import Interrupted, UserError
@@ -52,21 +53,25 @@ class Trainer:
         group: Group,
         state_folder: Path,
         tokenizer_fingerprint: str,
-        inputs: Mapping[str, Any] | None = None,
+        *,
         end_of_text: int = 0,
+        inputs: Mapping[str, Any] | None = None,
+        before: Finished | None = None,
     ) -> None:
-        """inputs: digests of what is trained on, which a saved state must share"""
+        """inputs: digests of what is trained on, which a saved state must share; before: to go on from"""
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
-        self.fingerprint = tokenizer_fingerprint
+        self.fingerprint, self.before = tokenizer_fingerprint, before
         run = {
             "model": asdict(shape),
             "training": recipe.model_dump(),
             "tokenizer": tokenizer_fingerprint,
             **(inputs or {}),
+            "continued": before.note if before else None,
         }
         self.states = StateFolder(state_folder, launch.label, group, run, kept=launch.keep_states)
-        launch = self._with_what_fitted()
-        self.updates = Updates(shape, recipe, train, validation, launch, group, end_of_text)
+        self.updates = Updates(
+            shape, recipe, train, validation, self._with_what_fitted(), group, end_of_text
+        )
         self.step = 0  # updates done, or skipped
         self.skipped_batches = 0  # of the order, where training went back
         self.rollbacks = 0
@@ -84,6 +89,8 @@ class Trainer:
         """
         stop = StopRequest()
         saved = self.states.newest()
+        if saved is None and self.before:
+            self._continue(self.before)
         if self.group.leads:
             if saved is None:
                 self.states.require_space(n_parameters(self.shape))
@@ -169,6 +176,7 @@ class Trainer:
             save_weights(out / "weights.safetensors", whole, self.fingerprint)
             shutil.copyfile(self.states.best_weights(self.best_step), out / "best.safetensors")
             shutil.copyfile(self.states.metrics, out / "metrics.jsonl")
+            leave(out, self.states.at(self.step), recipe, self.fingerprint)
 
     # ---- what is not taken, and going back ----
 
@@ -269,6 +277,20 @@ class Trainer:
         self.busy_s = saved.note["busy_s"]
         if self.group.leads:
             say(f"{self.launch.label}  resumes at step {self.step:,} of {self.recipe.steps:,}")
+
+    def _continue(self, before: Finished) -> None:
+        """Take what a finished run left."""
+        strategy, judge, whole = self.updates.strategy, self.updates.judge, before.tensors()
+        room = {
+            **strategy.room_for({name: tensor.shape for name, tensor in whole.items()}),
+            **judge.tensors(),
+        }
+        fill(room, whole)
+        strategy.take(room)
+        judge.resume(before.note["in_a_row"])
+        self._continue_with(before.note)
+        if self.group.leads:
+            say(f"{self.launch.label}  continues a run of {self.step:,} steps")
 
     def _continue_with(self, note: Mapping[str, Any]) -> None:
         self.step, self.skipped_batches = note["step"], note["skipped_batches"]
