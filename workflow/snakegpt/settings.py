@@ -429,6 +429,12 @@ class Execution(Closed):
     """Seconds between progress lines."""
     save_interval_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between saved training states."""
+    profile_step: Annotated[int, Field(ge=0)] | None = 10
+    """Updates after each start of training before the three whose time is taken part by part (data, forward, backward, optimiser, communication, waiting); null: none."""
+    tensorboard: Annotated[str, Field(min_length=1)] | None = None
+    """Folder for TensorBoard's event files, one folder a run; needs the package tensorboard. Null: none."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases to report to; needs the package wandb, whose environment variables (WANDB_MODE=offline, ...) count. Null: none."""
     keep_states: Annotated[int, Field(ge=1)] = 2
     """Newest training states that stay; 12 bytes a parameter each, with adamw."""
     stop_timeout_s: Annotated[float, Field(gt=0)] = 120.0

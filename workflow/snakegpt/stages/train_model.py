@@ -27,6 +27,7 @@ from snakegpt.command import block, how_to_run, only_path, stage_parser, write_j
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
+from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.settings import Execution, Model, Training, model_problems, science
@@ -65,6 +66,7 @@ def train_model(
     """
     if problems := model_problems(model, "model"):
         raise UserError("\n".join(problems))
+    require_writers(execution.tensorboard, execution.wandb)
     manifest = read_manifest(tokens)
     vocabulary = manifest["tokenizer"]["n_vocab"]
     shape = shape_of(model, vocabulary)
@@ -143,12 +145,24 @@ def train_model(
             activation_checkpointing=execution.activation_checkpointing,
             keep_states=execution.keep_states,
             hang_timeout_s=execution.hang_timeout_s,
+            profile_step=execution.profile_step,
+            tensorboard=execution.tensorboard,
+            wandb=execution.wandb,
         )
         fingerprint = manifest["tokenizer"]["fingerprint"]
         end_of_text = manifest["tokenizer"]["end_of_text"]
         inputs = {"tokens": file_digest(tokens)}
         trainer = Trainer(
-            shape, training, train, validation, launch, group, state, fingerprint, inputs, end_of_text
+            shape,
+            training,
+            train,
+            validation,
+            launch,
+            group,
+            state,
+            fingerprint,
+            inputs,
+            end_of_text,
         )
         trainer.run(out)
         if group.leads:
