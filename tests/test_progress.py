@@ -47,8 +47,8 @@ def test_a_terminal_shows_one_line_that_is_written_again(terminal):
     work.update(50, "loss 4.100", "12.4k tokens/s", "MFU 41.2%")
     [line] = terminal.screen()
     assert "50/100 steps  50%  loss 4.100  12.4k tokens/s  MFU 41.2%  left" in line
-    assert line.count("━") == progress.BAR
-    assert len(line) <= 90
+    assert 4 <= line.count("━") <= 20
+    assert len(line) < 90
 
 
 def test_what_is_said_meanwhile_stands_above_the_live_line(terminal):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 LIVE_INTERVAL_S = 0.2
-BAR = 20  # columns
+BAR, MIN_BAR = 20, 4  # columns, where there is room
 ERASE = "\r\x1b[K"  # to the line's begin, and what follows away
 GREEN, DIM, PLAIN = "\x1b[32m", "\x1b[2m", "\x1b[0m"
 
@@ -101,10 +101,13 @@ class Progress:
 
     def _show(self, share: float, text: str, *, ended: bool) -> None:
         global _live
-        room = shutil.get_terminal_size().columns - len(self.label) - BAR - 5
-        filled = round(share * BAR)
-        bar = f"{GREEN}{'━' * filled}{DIM}{'━' * (BAR - filled)}{PLAIN}"
-        line = f"{self.label}  {bar}  {text[: max(room, 0)]}"
+        room = shutil.get_terminal_size().columns - 1 - len(self.label) - 2
+        columns = min(BAR, room - len(text) - 2)
+        bar = ""
+        if columns >= MIN_BAR:
+            filled = round(share * columns)
+            bar = f"{GREEN}{'━' * filled}{DIM}{'━' * (columns - filled)}{PLAIN}  "
+        line = f"{self.label}  {bar}{text[: max(room, 0)]}"
         sys.stderr.write(ERASE + line + ("\n" if ended else ""))
         sys.stderr.flush()
         _live = "" if ended else line
