@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from snakegpt import hardware
+from snakegpt import gpus, hardware
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from snakegpt import hardware
     ],
 )
 def test_a_gpu_has_its_datasheets_peak_for_each_type(device_name, precision, tflops):
-    found = hardware.gpu_named(device_name)
+    found = gpus.gpu_named(device_name)
     assert found.peak_flops_per_s(precision) == (None if tflops is None else tflops * 1e12)
 
 
@@ -42,12 +42,12 @@ def test_a_gpu_has_its_datasheets_peak_for_each_type(device_name, precision, tfl
     ],
 )
 def test_a_device_that_is_not_in_the_table_has_no_peak(device_name):
-    assert hardware.gpu_named(device_name) is None
+    assert gpus.gpu_named(device_name) is None
 
 
 def test_every_name_stands_for_one_gpu_and_every_figure_is_plausible():
-    assert len({gpu.name for gpu in hardware.GPUS}) == len(hardware.GPUS)
-    for gpu in hardware.GPUS:
+    assert len({gpu.name for gpu in gpus.GPUS}) == len(gpus.GPUS)
+    for gpu in gpus.GPUS:
         assert gpu.source
         assert 8 <= gpu.memory <= 300
         # Matrix units are 1.9 to 31 times as fast as the others; sparse figures would be above.

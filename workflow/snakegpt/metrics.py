@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from snakegpt.counters import CpuCounters, gpu_counters, peak_memory_bytes
 from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError
-from snakegpt.hardware import gpu_named
+from snakegpt.gpus import gpu_named
 from snakegpt.parts import Window
 from snakegpt.progress import Progress, quantity
 from snakegpt.training_state import Metrics
