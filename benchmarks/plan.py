@@ -26,17 +26,17 @@ MODELS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "characters, 0.8M": (
         65,
         {"layers": 4, "heads": 4, "channels": 128, "context": 64, "vocabulary_multiple": 1},
-        {"batch_tokens": 768, "steps": 400},
+        {"batch_tokens": 768, "steps": 150},
     ),
     "large vocabulary, 7.3M, Muon": (
         50_257,
         {"layers": 4, "heads": 4, "channels": 128, "context": 128},
-        {"batch_tokens": 1024, "steps": 100, "optimizer": "muon"},
+        {"batch_tokens": 1024, "steps": 40, "optimizer": "muon"},
     ),
     "modern, 14M, accumulated": (
         4096,
         {"architecture": "modern", "layers": 8, "heads": 6, "channels": 384, "context": 256},
-        {"batch_tokens": 4096, "steps": 40},
+        {"batch_tokens": 4096, "steps": 20},
     ),
 }
 

@@ -61,6 +61,7 @@ LAYERS = [
     {
         "training_state",
         "updates",
+        "continuation",
         "trainer",
         "evaluation",
         "sampling",

@@ -74,7 +74,7 @@ def test_a_resumed_run_goes_on_with_its_rates(tmp_path):
     for step in (10, 20):
         update(before, step, busy_s=step / 2)
     before.close()
-    resumed = Recorder(path, 10, work(), Audience(), busy_s=5.0)
+    resumed = Recorder(path, 10, work(), Audience(), done=10, busy_s=5.0)
     update(resumed, 12, busy_s=6.0)
     resumed.close()
     found = read(path)

@@ -148,6 +148,7 @@ def test_results_stand_where_the_design_says(project):
         "models/tiny/best.safetensors",
         "models/tiny/config.json",
         "models/tiny/metrics.jsonl",
+        "models/tiny/optimizer.safetensors",
         "evaluations/tiny/evaluation.json",
         "samples/tiny/samples.jsonl",
         "reports/tiny/report.html",

@@ -51,7 +51,7 @@ def calibrate(
     ids = draws.integers(0, shape.vocabulary, rows * shape.context * 4 + 1, dtype=dtype)
     stream = TokenStream([ids])
     quiet = dataclasses.replace(launch, probed=False)
-    updates = Updates(shape, short, stream, stream, quiet, group)
+    updates = Updates(shape, short, stream, stream, quiet, group, end_of_text=0)
     updates.start(0)
     seconds: list[float] = []
     started = time.monotonic()

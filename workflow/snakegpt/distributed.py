@@ -258,11 +258,11 @@ class StartAgain(Interrupted):
 
 
 class RankFailed(Exception):
-    """A rank was killed (which may not happen again), or ended with an error that is ours."""
+    """A rank was killed or hung, which may not happen again, or it ended with an error of ours."""
 
-    def __init__(self, text: str, *, killed: bool) -> None:
+    def __init__(self, text: str, *, by_chance: bool) -> None:
         super().__init__(text)
-        self.killed = killed
+        self.by_chance = by_chance
 
 
 @contextlib.contextmanager
@@ -288,6 +288,8 @@ def reporting_outcome() -> Iterator[None]:
 
 def tell_outcome(status: int, text: str, *, again: bool = False) -> None:
     """Write how this rank ends for `launch` to tell, or say it where nobody launched.
+
+    again  whether another attempt may end otherwise
 
     The first rank to end badly wins; what the others then suffer from its absence is noise.
     """
@@ -356,7 +358,7 @@ def launch(
         except RankFailed as failure:
             now = progress()
             # An error where nothing was reached since the start would only come again.
-            left = restarts if now > reached else left * failure.killed
+            left = restarts if now > reached else left * failure.by_chance
             if not left:
                 raise SystemExit(
                     f"error: {failure}\n  the same command resumes from the last saved state"
@@ -409,8 +411,11 @@ def _launch_once(
             raise (StartAgain if found["again"] else Interrupted)(found["text"])
         if stopped and not found:
             raise Interrupted(STOPPED_EARLY)
-        if killed_by is not None:
+        # A rank that hangs is killed in the end; what the watchdog of another saw says more.
+        if killed_by is not None and not found.get("again"):
             name = signal.Signals(killed_by).name
             why = " (by hand, or for lack of memory)" if name == "SIGKILL" else ""
-            raise RankFailed(f"a rank was killed by {name}{why}", killed=True)
-        raise RankFailed(found["text"] if found else "a rank failed", killed=False)
+            raise RankFailed(f"a rank was killed by {name}{why}", by_chance=True)
+        if found:
+            raise RankFailed(found["text"], by_chance=found["again"])
+        raise RankFailed("a rank failed", by_chance=False)

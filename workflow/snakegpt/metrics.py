@@ -86,27 +86,27 @@ class Recorder:
         work: Work,
         audience: Audience,
         *,
+        done: int = 0,
         busy_s: float = 0.0,
         best: str = "",
     ) -> None:
         """
         resumed_step  step of the state that training goes on from; lines of later steps are dropped
-        busy_s        spent in updates up to it
+        done, busy_s  updates done, and the time spent in them
         best          what is known of the validation loss, for the progress line
         """
         self.work, self._metrics = work, Metrics(path, resumed_step)
-        first = resumed_step or 0
-        self._since = (busy_s, first)
+        self._since = (busy_s, done)
         self._validation = best
         self._progress = Progress(
-            work.label, work.steps, "steps", done=first, interval_s=audience.log_interval_s
+            work.label, work.steps, "steps", done=done, interval_s=audience.log_interval_s
         )
         self._cpu, self._gpus = CpuCounters(), gpu_counters(work.device, work.ranks)
         self._counted_at = time.monotonic()
         self._window: Window | None = None
         self._window_opens = None
         if audience.profile_step is not None:
-            self._window_opens = first + audience.profile_step
+            self._window_opens = done + audience.profile_step
         self._writers = _writers(path, resumed_step, work.label, audience)
 
     # ---- what happened ----

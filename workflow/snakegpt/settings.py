@@ -353,6 +353,8 @@ class Training(Closed):
     """muon only, 0.02 unless set: its peak learning rate, the size (spectral norm) of a square matrix's change in a step."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """muon only, 0.95 unless set: decay rate of its average of gradients."""
+    continue_from: Name | None = None
+    """Experiment whose finished training this one goes on from: its steps count, its learning rates must be these up to there; null: from new weights."""
     document_masking: bool = False
     """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -373,6 +375,50 @@ class Training(Closed):
     """Steps between validation losses; the best one decides best.safetensors."""
     validation_tokens: Annotated[int, Field(ge=1)] | None = 1_048_576
     """Validation tokens used each time, from the start of the split; null: all of them."""
+
+    @property
+    def decay_end(self) -> int:
+        """The step from which on the learning rate is the least."""
+        return self.decay_steps or self.steps
+
+    @property
+    def decay_begin(self) -> int:
+        """The step up to which the learning rate does not depend on where its decay ends."""
+        if self.schedule != "warmup_stable_decay":
+            return self.warmup_steps
+        cooldown = round((self.cooldown_fraction or 0) * self.decay_end)
+        return max(self.warmup_steps, self.decay_end - cooldown)
+
+
+def continuation_problems(done: Training, wanted: Training) -> list[str]:
+    """Why a run may not go on from a finished one; none if it may.
+
+    It may where it would have made the same steps up to there, had it started anew: with learning rates
+    that fall as they fell, or that had not begun to fall.
+    """
+    problems = []
+    if wanted.steps <= done.steps:
+        problems.append(
+            f"training.steps = {wanted.steps:,}, but the run to continue from has made"
+            f" {done.steps:,} already: ask for more."
+        )
+    rises = ("optimizer", "learning_rate", "muon_learning_rate", "warmup_steps")
+    falls = ("schedule", "min_learning_rate", "decay_end")
+    differ = [name for name in rises if getattr(done, name) != getattr(wanted, name)]
+    if done.steps > min(done.decay_begin, wanted.decay_begin):
+        differ += [name for name in falls if getattr(done, name) != getattr(wanted, name)]
+        differ += ["cooldown_fraction"] * (done.decay_begin != wanted.decay_begin)
+    if differ:
+        names = [name.replace("decay_end", "decay_steps") for name in dict.fromkeys(differ)]
+        problems.append(
+            f"the run to continue from has had other learning rates in its {done.steps:,} steps:"
+            f" training.{', training.'.join(names)} differ"
+            f" (decay from {done.decay_begin:,} to {done.decay_end:,}; here from"
+            f" {wanted.decay_begin:,} to {wanted.decay_end:,}).\n"
+            "  give both the same; or train with schedule = warmup_stable_decay and a decay_steps far"
+            " enough for it to begin after training.steps"
+        )
+    return problems
 
 
 class Evaluation(Closed):
@@ -655,19 +701,47 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
             f" model.context = {model.context:,};"
             f" nearest that fit: {max(rows, 1) * model.context:,} and {(rows + 1) * model.context:,}."
         )
+    problems += _continuation_conflicts(settings, name)
     if training.min_learning_rate > training.learning_rate:
         problems.append(
             f"{where}.training.min_learning_rate = {training.min_learning_rate:g} is above"
             f" learning_rate = {training.learning_rate:g}."
         )
     problems += meaningless(training, f"{where}.training")
-    end = training.decay_steps or training.steps
+    end = training.decay_end
     if training.warmup_steps > end:
         problems.append(
             f"{where}.training.warmup_steps = {training.warmup_steps:,} is beyond the end of the"
             f" decay at step {end:,}."
         )
     return problems
+
+
+def _continuation_conflicts(settings: Settings, name: str) -> list[str]:
+    """What is wrong with the experiment that one continues from."""
+    where = f"experiments.{name}.training.continue_from"
+    experiment = settings.experiments[name]
+    source = experiment.training.continue_from
+    passed = [name]
+    while source is not None:
+        if source not in settings.experiments:
+            known = nearest(source, settings.experiments)
+            return [f"{where} = '{source}' is not defined.{known}"] if len(passed) == 1 else []
+        if source in passed:
+            return [f"{where}: {' -> '.join([*passed, source])} comes back to itself."]
+        passed.append(source)
+        source = settings.experiments[source].training.continue_from
+    if len(passed) == 1:
+        return []
+    before = settings.experiments[passed[1]]
+    problems = continuation_problems(before.training, experiment.training)
+    if before.tokenizer != experiment.tokenizer:
+        problems.append(f"its tokenizer is {before.tokenizer}, this one's {experiment.tokenizer}.")
+    models = [science(each.model) | {"dropout": None} for each in (before, experiment)]
+    if models[0] != models[1]:
+        differ = ", ".join(key for key, value in models[0].items() if value != models[1][key])
+        problems.append(f"its model is another one: {differ} differ.")
+    return [f"{where} = '{passed[1]}': {problem}" for problem in problems]
 
 
 def _parse(config: Mapping[str, Any], files: Sequence[str | Path]) -> Settings:

@@ -9,7 +9,6 @@ killed and resumed on the way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -57,11 +56,6 @@ class Judge:
         """Forget what was not looked at; so many updates up to here were skipped in a row."""
         self._unseen.clear()
         self.in_a_row = in_a_row
-
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy what another run's `tensors` held."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
 
     @torch.no_grad()
     def refuses(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:

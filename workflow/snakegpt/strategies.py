@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from snakegpt.distributed import Group, Strategy
@@ -73,15 +70,13 @@ class Alone:
     def unscale(self, scale: Tensor) -> None:
         """Divide the gradients by what the losses were multiplied by."""
         for parameter in self.model.parameters():
-            gradient = parameter.grad
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            if local is not None:
-                local.div_(scale)
+            if parameter.grad is not None:
+                _local(parameter.grad).div_(scale)
 
     def clip(self, limit: float | None) -> Tensor:
         """Scale the gradients to a common norm of at most `limit`; returns the norm before."""
         norm = clip_gradients(self.model.parameters(), limit)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded ones
 
     def step(self, skipped: Tensor) -> None:
         """Move the weights, unless `skipped` (a boolean on the device) says that nothing may change.
@@ -200,7 +195,11 @@ class ZeRO1(DataParallel):
 class FullyShardedDataParallel(Alone):
     """fsdp: torch's fully_shard, a block at a time."""
 
+    # torch's sharded tensors take a second to load, which one rank has no use for.
+
     def _wrapped(self) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard
+
         mesh = self._mesh()
         for block in self.model.blocks:
             if self.compiled:
@@ -209,7 +208,9 @@ class FullyShardedDataParallel(Alone):
         fully_shard(self.model, mesh=mesh)
         return self.model
 
-    def _mesh(self) -> DeviceMesh:
+    def _mesh(self) -> Any:
+        from torch.distributed.device_mesh import init_device_mesh
+
         device = next(self.model.parameters()).device.type
         ranks, inside = self.group.ranks, self.group.local_ranks
         if ranks == inside:
@@ -220,7 +221,7 @@ class FullyShardedDataParallel(Alone):
         )
 
     def exchanging(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        assert isinstance(self.network, FSDPModule)
+        self.network: Any
         self.network.set_requires_gradient_sync(last)
         return contextlib.nullcontext()
 
@@ -229,6 +230,8 @@ class FullyShardedDataParallel(Alone):
         return -(-n_batches // self.group.ranks)
 
     def whole_model(self) -> GPT | None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         weights = get_model_state_dict(
             self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
         )
@@ -249,9 +252,9 @@ class Ordered(Alone):
     Their number does not depend on the ranks, nor may their size, the threads of a rank and the dropout
     draws; see `snakegpt.stages.train_model`.
 
-    It costs memory for a few more gradients (two for each level of the tree that a rank's share is no
-    whole branch of, otherwise one) and (ranks - 1) whole gradients of traffic a step where ddp sends
-    less than two, after the last backward pass instead of beneath it.
+    It costs memory for some more gradients (one for each branch that is waiting for its other half) and
+    (ranks - 1) whole gradients of traffic a step where ddp sends less than two, after the last backward
+    pass instead of beneath it.
     """
 
     def begin(self, micro_batches: int) -> float:
@@ -268,27 +271,25 @@ class Ordered(Alone):
         self._done += 1
 
     def finish(self) -> None:
-        sums = joined(self._gathered()) if self.group.ranks > 1 else self._sums
-        total = whole(sums, self._share * self.group.ranks)
-        for parameter, gradient in zip(self.model.parameters(), total, strict=True):
-            parameter.grad = gradient
+        for index, parameter in enumerate(self.model.parameters()):
+            sums = [(leaves, [gradients[index]]) for leaves, gradients in self._sums]
+            if self.group.ranks > 1:
+                sums = joined(self._gathered(sums))
+            [parameter.grad] = whole(sums, self._share * self.group.ranks)
 
-    def _gathered(self) -> list[Branch]:
-        """The branches of all ranks, which may have different numbers of them."""
+    def _gathered(self, mine: list[Branch]) -> list[Branch]:
+        """The branches of all ranks, which may have different numbers of them, left to right."""
         branches = [
             _branches(range(rank * self._share, (rank + 1) * self._share))
             for rank in range(self.group.ranks)
         ]
-        assert [branch for branch, _ in self._sums] == branches[self.group.rank]
+        assert [leaves for leaves, _ in mine] == branches[self.group.rank]
         everything = []
         for index in range(max(map(len, branches))):
-            mine = self._sums[min(index, len(self._sums) - 1)][
-                1
-            ]  # sent in vain where there is none
-            parts = [self._from_all(gradient) for gradient in mine]
-            for rank, theirs in enumerate(branches):
+            [sent] = mine[min(index, len(mine) - 1)][1]  # in vain where there is none
+            for theirs, received in zip(branches, self._from_all(sent), strict=True):
                 if index < len(theirs):
-                    everything.append((theirs[index], [part[rank] for part in parts]))
+                    everything.append((theirs[index], [received]))
         return sorted(everything, key=lambda item: item[0].start)
 
     def _from_all(self, tensor: Tensor) -> list[Tensor]:
@@ -354,6 +355,12 @@ def dealt(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
         owners[name] = load.index(min(load))
         load[owners[name]] += sizes[name]
     return owners
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def _skips_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from snakegpt.batches import TokenStream
+from snakegpt.continuation import Finished, fill, leave
 from snakegpt.counters import peak_memory_bytes
 from snakegpt.distributed import Group, StartAgain, StopRequest
 from snakegpt.durable import write_atomically, write_text_atomically
@@ -56,21 +57,25 @@ class Trainer:
         group: Group,
         state_folder: Path,
         tokenizer_fingerprint: str,
-        inputs: Mapping[str, Any] | None = None,
+        *,
         end_of_text: int = 0,
+        inputs: Mapping[str, Any] | None = None,
+        before: Finished | None = None,
     ) -> None:
-        """inputs: digests of what is trained on, which a saved state must share"""
+        """inputs: digests of what is trained on, which a saved state must share; before: to go on from"""
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
-        self.fingerprint = tokenizer_fingerprint
+        self.fingerprint, self.before = tokenizer_fingerprint, before
         run = {
             "model": asdict(shape),
             "training": recipe.model_dump(),
             "tokenizer": tokenizer_fingerprint,
             **(inputs or {}),
+            "continued": before.note if before else None,
         }
         self.states = StateFolder(state_folder, launch.label, group, run, kept=launch.keep_states)
-        launch = self._with_what_fitted()
-        self.updates = Updates(shape, recipe, train, validation, launch, group, end_of_text)
+        self.updates = Updates(
+            shape, recipe, train, validation, self._with_what_fitted(), group, end_of_text
+        )
         self.step = 0  # updates done, or skipped
         self.skipped_batches = 0  # of the order, where training went back
         self.rollbacks = 0
@@ -80,29 +85,31 @@ class Trainer:
 
     # ---- the loop ----
 
-    def run(self, out: Path) -> None:
+    def run(self, out: Path, watchdog: Watchdog | None = None) -> None:
         """Train to the last step and write weights, best weights, optimiser and metrics to `out`.
 
+        watchdog  that is told of each step
         raises  Interrupted after a stop signal, with the state saved; StartAgain if a micro-batch did not
                 fit on one of several ranks; UserError if training diverges
         """
         stop = StopRequest()
         saved = self.states.newest()
+        if saved is None and self.before:
+            self._continue(self.before)
         if self.group.leads:
             if saved is None:
                 self.states.require_space(n_parameters(self.shape))
             self.states.drop_after(saved.step if saved else -1)  # damaged ones
-        with Watchdog(self.launch.hang_timeout_s) as watchdog:
-            while True:
-                try:
-                    self._train(saved, stop, watchdog, out)
-                    return
-                except Unstable as reason:
-                    saved = self._go_back(str(reason))
-                except TooLarge:
-                    raise StartAgain(self._ask_for_less()) from None
-                finally:
-                    self.updates.stop()
+        while True:
+            try:
+                self._train(saved, stop, watchdog or Watchdog(None), out)
+                return
+            except Unstable as reason:
+                saved = self._go_back(str(reason))
+            except TooLarge:
+                raise StartAgain(self._ask_for_less()) from None
+            finally:
+                self.updates.stop()
 
     def _train(self, saved: Saved | None, stop: StopRequest, watchdog: Watchdog, out: Path) -> None:
         if saved:
@@ -162,6 +169,7 @@ class Trainer:
             save_weights(out / "weights.safetensors", whole, self.fingerprint)
             shutil.copyfile(self.states.best_weights(self.best_step), out / "best.safetensors")
             shutil.copyfile(self.states.metrics, out / "metrics.jsonl")
+            leave(out, self.states.at(self.step), recipe, self.fingerprint)
 
     # ---- what is not taken, and going back ----
 
@@ -263,6 +271,20 @@ class Trainer:
         if self.group.leads:
             say(f"{self.launch.label}  resumes at step {self.step:,} of {self.recipe.steps:,}")
 
+    def _continue(self, before: Finished) -> None:
+        """Take what a finished run left."""
+        strategy, judge, whole = self.updates.strategy, self.updates.judge, before.tensors()
+        room = {
+            **strategy.room_for({name: tensor.shape for name, tensor in whole.items()}),
+            **judge.tensors(),
+        }
+        fill(room, whole)
+        strategy.take(room)
+        judge.resume(before.note["in_a_row"])
+        self._continue_with(before.note)
+        if self.group.leads:
+            say(f"{self.launch.label}  continues a run of {self.step:,} steps")
+
     def _continue_with(self, note: Mapping[str, Any]) -> None:
         self.step, self.skipped_batches = note["step"], note["skipped_batches"]
         self.rollbacks = note["rollbacks"]
@@ -297,8 +319,8 @@ class Trainer:
     def _recorder(self, saved: Saved | None) -> Recorder | None:
         """What is seen, on the leading rank. All ranks call: their devices are measured at once."""
         launch, updates = self.launch, self.updates
+        precision = str(launch.dtype).removeprefix("torch.")
         if self.matmul_flops_per_s is None:
-            precision = str(launch.dtype).removeprefix("torch.")
             mine = measure_matmul(launch.device, precision, limit_s=MATMUL_LIMIT_S)
             everyone = self.group.sum(torch.tensor(mine, dtype=torch.float64))
             self.matmul_flops_per_s = float(everyone)
@@ -311,7 +333,7 @@ class Trainer:
             flops_per_token=flops_per_token(self.shape),
             device=launch.device,
             device_name=device_name(launch.device),
-            precision=str(launch.dtype).removeprefix("torch."),
+            precision=precision,
             ranks=self.group.ranks,
             micro_batches=updates.accumulation,
             matmul_flops_per_s=self.matmul_flops_per_s,
@@ -321,6 +343,7 @@ class Trainer:
             saved and saved.step,
             work,
             Audience(launch.log_interval_s, launch.profile_step, launch.tensorboard, launch.wandb),
+            done=self.step,
             busy_s=self.busy_s,
             best=f"val {self.best_loss:.3f}" if self.best_step else "",
         )

@@ -29,11 +29,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from snakegpt.distributed import Group
 from snakegpt.durable import remove, sync, write_text_atomically
@@ -55,13 +50,21 @@ class Saved(NamedTuple):
         step: int = self.note["step"]
         return step
 
+    # torch.distributed.checkpoint takes a second to load: where it is used, after the first steps.
+
     def sizes(self) -> dict[str, torch.Size]:
         """Name and whole size of every tensor in it."""
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         found = FileSystemReader(self.folder).read_metadata().state_dict_metadata
         return {name: m.size for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
 
     def whole(self) -> dict[str, Tensor]:
         """All of it, whole, whatever the ranks were."""
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
         tensors = {name: torch.empty(size) for name, size in self.sizes().items()}
         load(tensors, storage_reader=FileSystemReader(self.folder), no_dist=True)
         return tensors
@@ -86,15 +89,7 @@ class StateFolder:
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing: Future[None] | None = None
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=pinned,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=pinned,
-            )
-        )
+        self._stager: Any = None
         if group.leads:
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(".state_*"):  # what was being written when the run was killed
@@ -121,7 +116,8 @@ class StateFolder:
         self.wait()
         if self._path(note["step"]).exists():  # a function of the step: it is this one
             return
-        staged: Any = self._stager.stage(tensors)
+        self._stager = self._stager or _stager()
+        staged = self._stager.stage(tensors)
         self._writing = self._thread.submit(self._write, staged, note)
 
     def wait(self) -> None:
@@ -134,6 +130,9 @@ class StateFolder:
         return self.folder / f"state_{step:09d}"
 
     def _write(self, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
         final = self._path(note["step"])
         aside = final.with_name(f".{final.name}")
         writer = FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
@@ -178,6 +177,10 @@ class StateFolder:
         """
         return self._agreed(self._newest_whole() if self.group.leads else None)
 
+    def at(self, step: int) -> Saved:
+        """The state that was saved after so many updates."""
+        return Saved(self._path(step), _note(self._path(step)))
+
     def newest_good(self) -> Saved | None:
         """The newest state that training may go back to, the same on all ranks."""
         return self._agreed(self._newest_whole(good=True) if self.group.leads else None)
@@ -186,7 +189,7 @@ class StateFolder:
         step = int(self.group.sum(torch.tensor(leads.step + 1 if leads else 0))) - 1
         if step < 0:
             return None
-        saved = Saved(self._path(step), _note(self._path(step)))
+        saved = self.at(step)
         if saved.note["run"] != self.run:
             raise UserError(
                 f"the state in {self.folder} is of another run:"
@@ -207,6 +210,9 @@ class StateFolder:
 
     def load(self, saved: Saved, room: dict[str, Tensor]) -> None:
         """Fill tensors, by name, from a state; each rank what it made room for."""
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
         load(
             room,
             storage_reader=FileSystemReader(saved.folder),
@@ -247,6 +253,20 @@ class StateFolder:
                 "  free some space, lower execution.keep_states, or move the store to a larger disk"
                 " (`store:` in the settings)"
             )
+
+
+def _stager() -> Any:
+    """What copies tensors to memory of its own: pinned where they are on a GPU, the same each time."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    pinned = torch.cuda.is_available()
+    options = StagingOptions(
+        use_pinned_memory=pinned,
+        use_shared_memory=False,
+        use_async_staging=False,
+        use_non_blocking_copy=pinned,
+    )
+    return DefaultStager(options)
 
 
 def newest_step(folder: Path) -> int:

@@ -45,18 +45,17 @@ class Launch:
     device: str
     dtype: torch.dtype
     kernel: AttentionKernel
+    loss: LossKernel
     compiled: bool
     micro_rows: int
     threads: int
     log_interval_s: float
     save_interval_s: float
-    loss: LossKernel = "plain"
     probed: bool = False
     strategy: Strategy = "ddp"
     deterministic: bool = False
     activation_checkpointing: bool = False
     keep_states: int = 2
-    hang_timeout_s: float | None = None
     profile_step: int | None = None
     tensorboard: str | None = None
     wandb: str | None = None
@@ -81,17 +80,17 @@ class Updates:
         validation: TokenStream,
         launch: Launch,
         group: Group,
-        end_of_text: int = 0,
+        end_of_text: int,
     ) -> None:
+        self.end_of_text = end_of_text
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
         self.validation, self.micro_rows = validation, launch.micro_rows
-        self.end_of_text = end_of_text
         rows = recipe.batch_tokens // shape.context
         self.batches = TrainingBatches(train, shape.context, rows, recipe.seed)
         self.share = rows // group.ranks
         self.schedule = schedule_of(recipe)
-        model = GPT(shape, launch.kernel, launch.loss)
-        self.model = initialise(model, recipe.seed).to(launch.device)
+        self.model = initialise(GPT(shape, launch.kernel, launch.loss), recipe.seed)
+        self.model.to(launch.device)
         self.computes_twice = False
         if launch.activation_checkpointing:
             self._compute_twice()
@@ -134,15 +133,11 @@ class Updates:
         returns  the norm of the gradient, on the device
         raises   TooLarge, UserError if not even one row fits
         """
-        while True:
-            try:
-                self._gradients(place)
-                break
-            except torch.OutOfMemoryError:
-                if self.group.ranks > 1:
-                    raise TooLarge from None
-                self.shrink()
-                self.start(place)
+        while not self._fits(place):
+            if self.group.ranks > 1:
+                raise TooLarge
+            self.shrink()
+            self.start(place)
         with part("optimizer"):
             return self._move(step)
 
@@ -152,9 +147,19 @@ class Updates:
         if self.judge.scale is not None:
             self.strategy.unscale(self.judge.scale)
         norm = self.strategy.clip(self.recipe.gradient_clip)
-        loss = self._losses_of_step[0] if self.judge.limit is None else self.mean_loss()
+        # All ranks must see one loss where it decides; else this rank's own says enough.
+        own = torch.stack(self._losses_of_step).mean()
+        loss = own if self.judge.limit is None else self.mean_loss()
         self.strategy.step(self.judge.refuses(step + 1, loss, norm))
         return norm
+
+    def _fits(self, place: int) -> bool:
+        """Compute the gradients of a step; False if memory ended. What was held is free again then."""
+        try:
+            self._gradients(place)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _gradients(self, place: int) -> None:
         """Gradients of the mean loss of a step, summed over micro-batches and ranks."""

@@ -40,6 +40,7 @@ class Watchdog:
                     1,
                     f"no progress for {silent_s:.0f} s after {self.last}"
                     f" (execution.hang_timeout_s); where it stands:\n{stacks()}",
+                    again=True,
                 )
                 os._exit(1)
 

@@ -2,17 +2,20 @@
 
 Reads: manifest.json of a token set, its shards beside it. Writes: weights.safetensors (last) and
 best.safetensors (lowest validation loss), float32 under the names of transformers' GPT2LMHeadModel or
-NanoChatForCausalLM; config.json, which transformers loads; metrics.jsonl, one JSON object a line. By hand:
+NanoChatForCausalLM; config.json, which transformers loads; metrics.jsonl, one JSON object a line;
+optimizer.safetensors, what else of a run another one needs to go on from it. By hand:
 
     python -m snakegpt.stages.train_model --tokens results/tokens/shakespeare-gpt2/manifest.json \\
         --settings '{"model": {"layers": 2, "heads": 2, "channels": 64, "context": 64},
                      "training": {"batch_tokens": 1024, "steps": 50, "warmup_steps": 5}}' --out /tmp/gpt
 
 The number of processes comes from --execution '{"ranks": 2}'; they are started here, or by torchrun.
+Given the --weights, --config and --optimizer of a finished run, and more steps, it goes on from there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -24,6 +27,7 @@ import torch
 
 from snakegpt import distributed
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
+from snakegpt.continuation import finished
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
@@ -35,6 +39,7 @@ from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Trainer
 from snakegpt.training_state import newest_step
 from snakegpt.updates import Launch
+from snakegpt.watchdog import Watchdog
 
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
 REVISION = 2
@@ -54,6 +59,7 @@ def train_model(
     out: Path,
     state: Path,
     *,
+    continued: tuple[Path, Path, Path] | None = None,
     label: str,
     threads: int,
     network: Path | None,
@@ -61,6 +67,7 @@ def train_model(
 ) -> None:
     """Train as one rank, or start the ranks that do.
 
+    continued  weights, config and optimizer of the finished run to go on from
     arguments  this command's own, for the ranks
     raises     UserError before the first step if tokens, settings and machine do not fit each other
     """
@@ -88,6 +95,14 @@ def train_model(
     train, validation = (open_split(tokens, manifest, split) for split in ("train", "val"))
     if len(validation) < 2:
         raise UserError(f"the validation split of {tokens} has no token to predict.")
+    before = None
+    if continued:
+        before = finished(
+            *continued,
+            shape=shape,
+            recipe=training,
+            tokenizer_fingerprint=manifest["tokenizer"]["fingerprint"],
+        )
     windows = (len(train) - 1) // model.context
     if 0 < windows < ranks:
         raise UserError(
@@ -116,11 +131,17 @@ def train_model(
         distributed.keep_freed_memory()
     # The watchdog comes first, and says more than an exchange that was waited for too long.
     patience_s = execution.hang_timeout_s and execution.hang_timeout_s + 60
-    with distributed.joined(device, patience_s) as group:
+    with (
+        Watchdog(execution.hang_timeout_s) as watchdog,
+        distributed.joined(device, patience_s) as group,
+    ):
         # Another number of threads adds up matrix products in another order.
         one_order = execution.deterministic
         torch.set_num_threads(1 if one_order else max(1, threads // group.local_ranks))
-        torch.use_deterministic_algorithms(one_order)
+        if (
+            one_order
+        ):  # by default not even mentioned: it loads torch's compiler, which takes seconds
+            torch.use_deterministic_algorithms(True)
         share = rows // group.ranks
         passes = choose_passes(training, execution, shape, device=device, share=share)
         launch = Launch(
@@ -144,14 +165,12 @@ def train_model(
             deterministic=one_order,
             activation_checkpointing=execution.activation_checkpointing,
             keep_states=execution.keep_states,
-            hang_timeout_s=execution.hang_timeout_s,
             profile_step=execution.profile_step,
             tensorboard=execution.tensorboard,
             wandb=execution.wandb,
         )
         fingerprint = manifest["tokenizer"]["fingerprint"]
         end_of_text = manifest["tokenizer"]["end_of_text"]
-        inputs = {"tokens": file_digest(tokens)}
         trainer = Trainer(
             shape,
             training,
@@ -161,10 +180,11 @@ def train_model(
             group,
             state,
             fingerprint,
-            inputs,
-            end_of_text,
+            end_of_text=end_of_text,
+            inputs={"tokens": file_digest(tokens)},
+            before=before,
         )
-        trainer.run(out)
+        trainer.run(out, watchdog)
         if group.leads:
             config = to_config(
                 shape,
@@ -199,9 +219,25 @@ def in_one_order(execution: Execution, rows: int) -> int:
     return size
 
 
+def _continued(args: argparse.Namespace) -> tuple[Path, Path, Path] | None:
+    roles = ("weights", "config", "optimizer")
+    given = [role for role in roles if getattr(args, role)]
+    if not given:
+        return None
+    if len(given) < 3:
+        raise UserError(f"to go on from a finished run takes all of --{', --'.join(roles)}.")
+    weights, config, optimizer = (only_path(getattr(args, role), role) for role in roles)
+    return weights, config, optimizer
+
+
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    roles = {"tokens": "manifest.json of the tokens, shards beside it"}
+    roles = {
+        "tokens": "manifest.json of the tokens, shards beside it",
+        "weights": "weights.safetensors of a finished run to go on from",
+        "config": "its config.json",
+        "optimizer": "its optimizer.safetensors",
+    }
     args = stage_parser(__doc__, roles, state=True).parse_args(argv)
     how = how_to_run(args, "train_model", "network")
     network = how.extras["network"]
@@ -214,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             only_path(args.tokens, "tokens"),
             args.out,
             args.state or args.out / ".state",
+            continued=_continued(args),
             label=how.label,
             threads=how.threads,
             network=Path(network) if network else None,
