@@ -264,11 +264,13 @@ class Pipeline:
 
     def _bench_network(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
+        # A measurement of this machine, so the machine is what identifies it; and of nodes like it, so
+        # their number does too.
+        several = {"nodes": chosen.execution.nodes} if chosen.execution.nodes > 1 else {}
         return self._experiment_request(
             "bench_network",
             experiment,
-            # A measurement of this machine, so the machine is what identifies it.
-            settings={"model": science(chosen.model), "machine": machine()},
+            settings={"model": science(chosen.model), "machine": machine(), **several},
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
             execution={"batch_tokens": chosen.training.batch_tokens},
         )
