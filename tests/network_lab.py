@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NETWORKS = {"eth0": "10.77.0", "eth1": "10.78.0"}
-LARGE_BURST_BIT_PER_S = 3e8  # from here on tbf wants a bucket of many packets
+BUCKET_S = 0.008  # of the rate: what tbf may send at once after its timer came late
 
 RELAY = """
 import fcntl, heapq, os, select, struct, subprocess, sys, time
@@ -108,8 +108,8 @@ class Lab:
             shutil.rmtree(Path("/etc/netns") / self.name(node), ignore_errors=True)
 
     def shape(self, node: int, network: str, bit_per_s: float) -> None:
-        """What the node sends, at most this fast; a bucket that a millisecond or two of it fills."""
-        burst = "512kb" if bit_per_s > LARGE_BURST_BIT_PER_S else "64kb"
+        """What the node sends, at most this fast."""
+        burst = f"{bit_per_s * BUCKET_S / 8:.0f}"
         subprocess.run(
             ["tc", "-n", self.name(node), "qdisc", "replace", "dev", network, "root", "tbf",
              "rate", f"{bit_per_s:.0f}bit", "burst", burst, "latency", "50ms"],
@@ -120,7 +120,7 @@ class Lab:
         """Drop this share of the packets that arrive at a node, at random."""
         rules = (
             "table inet lossy { chain input { type filter hook input priority 0;"
-            f' iifname "eth0" numgen random mod 10000 < {round(share * 10000)} drop; }} }}'
+            f' iifname "eth0" numgen random mod 10000 < {round(share * 10000)} drop\n }}\n }}'
         )
         command = ["ip", "netns", "exec", self.name(node), "nft", "-f", "-"]
         subprocess.run(command, input=rules, text=True, check=True)
@@ -129,7 +129,7 @@ class Lab:
         """Swallow what arrives for some TCP ports, as a firewall does."""
         rules = (
             "table inet wall { chain input { type filter hook input priority 0;"
-            f" tcp dport {ports} drop; }} }}"
+            f" tcp dport {ports} drop\n }}\n }}"
         )
         command = ["ip", "netns", "exec", self.name(node), "nft", "-f", "-"]
         subprocess.run(command, input=rules, text=True, check=True)

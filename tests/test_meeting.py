@@ -29,7 +29,7 @@ def each_in_a_thread(nodes, work, wait_s=10.0, absent=()):
         try:
             met = Meeting(Place(node, nodes, "127.0.0.1", port), wait_s)
             found[node] = work(met)
-            met.share("end", True)
+            met.close()
         except UserError as error:
             found[node] = error
 

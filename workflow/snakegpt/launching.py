@@ -28,18 +28,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snakegpt.distributed import AGENT, OUTCOME, STOPPED_EARLY, choose_ranks
+from snakegpt.distributed import (
+    AGENT,
+    OUTCOME,
+    STOPPED_EARLY,
+    choose_ranks,
+    network_environment,
+)
 from snakegpt.errors import RETRY, USER_ERROR, Interrupted, UserError
+from snakegpt.progress import say
 from snakegpt.settings import Execution
 
 NODE = "SNAKEGPT_NODE"
 RENDEZVOUS = "SNAKEGPT_RENDEZVOUS"
+SHARED_OUTCOME = (
+    "SNAKEGPT_SHARED_OUTCOME"  # set for node agents: a file that the one who called reads
+)
 # Slurm jobs that share a node must not share ports; the study of clusters derived them from the job's id.
 FIRST_PORT, PORTS, PORTS_PER_JOB = 20_000, 20_000, 20
 # Of a job's ports: the first is the nodes' own meeting, then come torchrun's, then those of measurements.
@@ -132,12 +142,18 @@ def on_every_node(
     # srun must end last, so this process outlives the signals that Slurm sends to the steps' processes.
     previous = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        status = subprocess.run(command, env={**environment, OUTCOME: str(outcome)}).returncode
+        status = subprocess.run(
+            command, env={**environment, SHARED_OUTCOME: str(outcome)}
+        ).returncode
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if status:
-        raise_outcome(_read(outcome), status, f"the ranks' own words: {shared}")
+    if not status:
+        return
+    found = _read(outcome)
+    if not found:  # no rank failed, or nodes share no filesystem: they have said it themselves
+        raise SystemExit(status)
+    raise_outcome(found, status, f"what each rank printed: {shared}")
 
 
 def _allocated_nodes(job: str) -> int:
@@ -193,6 +209,15 @@ class Outcome:
 
     status: int = 0
     text: str = ""
+    shared: bool = False  # it also stands where the one who called all nodes finds it
+
+    def raise_for_status(self) -> None:
+        """Nothing if all went well, else the exception that says why not, unless another will say it."""
+        if not self.status:
+            return
+        if self.shared:
+            raise SystemExit(self.status)
+        raise_outcome({"status": self.status, "text": self.text}, self.status)
 
 
 def run_ranks(
@@ -205,15 +230,17 @@ def run_ranks(
     launch: int = 1,
     environment: Mapping[str, str] | None = None,
     logs: Path | None = None,
+    share_outcome: bool = False,
     stop_timeout_s: float = 120.0,
 ) -> Outcome:
     """Run `python -m module *arguments` once a rank of this node, together with those of the others.
 
-    ranks        of this node, the same number on each
-    threads      cores of this node to share out
-    launch       number of this launch: each has a port of its own, so that none meets the one before
-    environment  variables for the ranks alone; what is set already gives way to them
-    logs         folder for what the ranks print; None: rank 0 prints here, the others' words are dropped
+    ranks           of this node, the same number on each
+    threads         cores of this node to share out
+    launch          number of this launch: each has a port of its own, so that none meets the one before
+    environment     variables for the ranks alone; what is set already gives way to them
+    logs            folder for what the ranks but 0 print, which prints here; None: they are not kept
+    share_outcome   leave how the ranks ended to the one who called all nodes, if there is one
     stop_timeout_s  between the signal that asks ranks to save and leave, and SIGKILL
     """
     from torch.distributed import run as torchrun
@@ -221,7 +248,10 @@ def run_ranks(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with tempfile.TemporaryDirectory(prefix="snakegpt-") as scratch:
-        outcome = Path(os.environ.get(OUTCOME, f"{scratch}/outcome.json"))
+        outcome = Path(os.environ.get(SHARED_OUTCOME, "")) if share_outcome else Path()
+        shared = outcome.parent.is_dir() and outcome.suffix == ".json"
+        if not shared:
+            outcome = Path(scratch) / "outcome.json"
         variables = {
             **(environment or {}),
             OUTCOME: str(outcome),
@@ -255,10 +285,10 @@ def run_ranks(
         except ChildFailedError as error:
             codes = [failure.exitcode for failure in error.failures.values()]
             killed_by = next((-c for c in codes if c < 0 and -c != signal.SIGTERM), None)
-            return _ended(outcome, place, killed_by)
+            return replace(_ended(outcome, place, killed_by), shared=shared)
         except SignalException:
             found = _read(outcome)
-            return Outcome(RETRY, str(found.get("text") or STOPPED_EARLY))
+            return Outcome(RETRY, str(found.get("text") or STOPPED_EARLY), shared and bool(found))
         except (OSError, RuntimeError) as error:  # torch.distributed's own errors are RuntimeErrors
             return Outcome(1, f"node {place.node} ({socket.gethostname()}): {_first_line(error)}")
         finally:
@@ -283,6 +313,36 @@ def _ended(outcome: Path, place: Place, killed_by: int | None) -> Outcome:
     if not outcome.exists():  # what other nodes' ranks then suffer from its absence is noise
         outcome.write_text(json.dumps(found), encoding="utf-8")
     return Outcome(1, found["text"])
+
+
+def advised_environment(network: Path | None, nodes: int, *, label: str) -> dict[str, str]:
+    """The launch variables of network.json for this host, said in the log; what the caller set wins.
+
+    A measurement of another number of nodes says nothing about these: the interface that leads from one
+    node to itself leads to no other.
+    """
+    if network is None or not network.exists():
+        return {}
+    measured = json.loads(network.read_text(encoding="utf-8"))
+    n_measured = max(1, len(measured.get("nodes") or ()))
+    if n_measured != nodes:
+        say(
+            f"{label}  {network} was measured on {count(n_measured, 'node')}, this is"
+            f" {count(nodes, 'node')}: its advice is left aside"
+        )
+        return {}
+    found = network_environment(measured)
+    if found:
+        taken = {n: v for n, v in found.items() if n not in os.environ}
+        left = [f"{n}={os.environ[n]} of the environment wins" for n in found if n not in taken]
+        words = [*(f"{n}={v}" for n, v in taken.items()), *left]
+        say(f"{label}  launches with {', '.join(words)} ({network})")
+        return taken
+    return {}
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def raise_outcome(found: Mapping[str, Any], status: int, more: str = "") -> None:

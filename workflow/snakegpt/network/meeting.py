@@ -5,10 +5,12 @@ By torch's TCPStore, which is there wherever training is. Whoever does not come 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -66,17 +68,19 @@ class Meeting:
         self.tell(f"{name}/{self.place.node}", value)
         keys = [f"{name}/{k}" for k in range(self.place.nodes)]
         self.wait_for(keys, wait_s=wait_s)
-        return [json.loads(self._store.get(key)) for key in keys]
+        with self._reaching():
+            return [json.loads(self._store.get(key)) for key in keys]
 
     def tell(self, key: str, value: Any = None) -> None:
         if self._store:
-            self._store.set(key, json.dumps(value))
+            with self._reaching():
+                self._store.set(key, json.dumps(value))
 
-    def ask(self, key: str, *, wait_s: float | None = None) -> Any:
-        """The value under a key that another node tells."""
-        assert self._store
-        self.wait_for([key], wait_s=wait_s)
-        return json.loads(self._store.get(key))
+    def close(self) -> None:
+        """The last thing of a node: node 0, with whom the store ends, waits for all others' last."""
+        self.tell(f"done/{self.place.node}")
+        if self._store and self.place.leads:
+            self.wait_for([f"done/{k}" for k in range(self.place.nodes)])
 
     def wait_for(self, keys: list[str], *, wait_s: float | None = None) -> None:
         """Wait until all keys are told; the last word of a key says which node tells it."""
@@ -84,7 +88,7 @@ class Meeting:
         limit_s = self.wait_s if wait_s is None else wait_s
         deadline = time.monotonic() + limit_s
         waiting = list(keys)
-        try:
+        with self._reaching():
             while waiting := [key for key in waiting if not self._store.check([key])]:
                 if self._store.check([FAILED]):
                     raise UserError(json.loads(self._store.get(FAILED)))
@@ -96,6 +100,11 @@ class Meeting:
                         "  is the command running there, with the same rendezvous? does the node hang?"
                     )
                 time.sleep(POLL_S)
+
+    @contextlib.contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:  # torch's: the connection is gone
             raise UserError(
                 f"{self.names[0]} is gone from the meeting: {str(error).splitlines()[0]}"

@@ -389,7 +389,13 @@ def _link(link: Mapping[str, Any], hosts: list[str]) -> dict[str, Any]:
     }
     trips = link.get("latency_s") or {}
     ends = {"from": hosts[link["from"]], "to": hosts[link["to"]]}
-    return {**ends, **rates, "p50": trips.get("p50"), "p99": trips.get("p99"), "mtu": link.get("mtu")}
+    return {
+        **ends,
+        **rates,
+        "p50": trips.get("p50"),
+        "p99": trips.get("p99"),
+        "mtu": link.get("mtu"),
+    }
 
 
 def _commands(evidence: Evidence) -> str:

@@ -13,14 +13,14 @@ The number of processes comes from --execution '{"ranks": 2}'; they are started 
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from snakegpt import distributed
+from snakegpt import distributed, launching
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
@@ -29,6 +29,7 @@ from snakegpt.settings import Execution, Model, Training
 from snakegpt.tokens import open_split, read_manifest
 from snakegpt.trainer import Launch, Recipe, Trainer
 
+MODULE = "snakegpt.stages.train_model"
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
 REVISION = 1
 SCIENCE = (
@@ -66,22 +67,40 @@ def train_model(
             "training.batch_tokens must be a multiple of model.context, and model.channels of model.heads."
         )
     device = distributed.choose_device(execution.device)
-    ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
+    place = launching.place_of(os.environ)
+    if execution.nodes > 1 and place is None and not distributed.is_rank():
+        launching.on_every_node(
+            MODULE, arguments, nodes=execution.nodes, threads=threads, shared=state / "ranks"
+        )
+        return
+    nodes = place.nodes if place else 1
+    ranks = launching.choose_ranks_per_node(
+        execution, nodes=nodes, device=device, rows=rows, threads=threads
+    )
     train, validation = (open_split(tokens, manifest, split) for split in ("train", "val"))
     if len(validation) < 2:
         raise UserError(f"the validation split of {tokens} has no token to predict.")
-    if ranks > 1 and not distributed.is_rank():
-        environment = {}
-        if network and network.exists() and execution.network_environment:
-            measured = json.loads(network.read_text(encoding="utf-8"))
-            environment = distributed.network_environment(measured)
-        module = "snakegpt.stages.train_model"
-        distributed.launch(module, arguments, ranks=ranks, threads=threads, environment=environment)
+    if ranks * nodes > 1 and not distributed.is_rank():
+        advised = launching.advised_environment(network, nodes, label=label)
+        environment = advised if execution.network_environment else {}
+        if place:
+            launching.run_ranks(
+                MODULE,
+                arguments,
+                place,
+                ranks=ranks,
+                threads=threads,
+                environment=environment,
+                logs=state / "ranks" / f"node{place.node}",
+                share_outcome=True,
+            ).raise_for_status()
+            return
+        distributed.launch(MODULE, arguments, ranks=ranks, threads=threads, environment=environment)
         return
     if device == "cpu":
         distributed.keep_freed_memory()
     with distributed.joined(device) as group:
-        torch.set_num_threads(max(1, threads // group.ranks))
+        torch.set_num_threads(max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         share = rows // group.ranks
         passes = choose_passes(training, execution, shape, device=device, share=share)
         launch = Launch(
