@@ -33,6 +33,7 @@ rule train_model:
         best="results/models/{experiment}/best.safetensors",
         config="results/models/{experiment}/config.json",
         metrics="results/models/{experiment}/metrics.jsonl",
+        optimizer="results/models/{experiment}/optimizer.safetensors",
     log:
         "logs/train_model/{experiment}.log",
     benchmark:

@@ -42,6 +42,7 @@ LAYERS = [
         "inspect",
     },
     {
+        "losses",
         "model",
         "huggingface_format",
         "optimizer",
@@ -51,9 +52,15 @@ LAYERS = [
         "prefetch",
         "placement",
         "tokens",
+        "strategies",
+        "stability",
+        "fitting",
+        "watchdog",
     },
     {
         "training_state",
+        "updates",
+        "continuation",
         "trainer",
         "evaluation",
         "sampling",

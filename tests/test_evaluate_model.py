@@ -118,4 +118,4 @@ def test_weights_of_another_tokenizer_or_shape_are_refused(inputs, tmp_path, cap
     inputs["weights"].write_bytes(b"no weights at all")
     with pytest.raises(SystemExit, match="2"):
         run(inputs, tmp_path / "out")
-    assert "last.safetensors is no GPT-2 model" in capsys.readouterr().err
+    assert "last.safetensors is no model that its config.json describes" in capsys.readouterr().err

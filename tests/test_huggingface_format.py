@@ -15,8 +15,15 @@ from snakegpt.huggingface_format import (
     save_weights,
     to_config,
 )
-from snakegpt.model import GPT, Shape
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from snakegpt.model import GPT, Shape, n_parameters
+from snakegpt.sampling import continue_ids
+from transformers import (
+    AutoConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    NanoChatConfig,
+    NanoChatForCausalLM,
+)
 
 IDS = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -53,6 +60,94 @@ def test_transformers_computes_our_logits(tmp_path, bias):
     assert isinstance(AutoConfig.from_pretrained(tmp_path), GPT2Config)
     with torch.no_grad():
         torch.testing.assert_close(theirs.eval()(IDS).logits, model(IDS), atol=1e-5, rtol=1e-5)
+
+
+# ---- modern is NanoChatForCausalLM ----
+
+
+def modern_model(tied: bool, softcap: float | None = 15.0) -> GPT:
+    torch.manual_seed(0)
+    shape = Shape(64, 2, 2, 32, 16, bias=False, architecture="modern", tied=tied, softcap=softcap)
+    model = GPT(shape).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
+def write_modern(folder, model):
+    config = to_config(model.shape, n_vocab=50, end_of_text=0, tokenizer_fingerprint="f", model={})
+    (folder / "config.json").write_text(json.dumps(config))
+    save_weights(folder / "model.safetensors", model, "f")
+    return config
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("softcap", [15.0, None])
+def test_nanochat_computes_our_logits(tmp_path, tied, softcap):
+    model = modern_model(tied, softcap)
+    write_modern(tmp_path, model)
+    theirs, info = NanoChatForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sum(p.numel() for p in theirs.parameters()) == n_parameters(model.shape)
+    with torch.no_grad():
+        ours = model(IDS)
+        torch.testing.assert_close(theirs.eval()(IDS).logits, ours, atol=1e-5, rtol=1e-5)
+        # Greedy, with their cache of keys and values and with ours.
+        grown = theirs.generate(IDS[:1], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert ours.abs().max() > 3  # a wrong scale or soft-cap would show
+    tokens, _ = continue_ids(
+        model, IDS[0].tolist(), n_vocab=64, end_of_text=-1, max_tokens=6, temperature=0.0,
+        top_k=None, generator=torch.Generator(),
+    )  # fmt: skip
+    assert grown[0, IDS.shape[1] :].tolist() == tokens
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_we_compute_nanochats_logits(tmp_path, tied):
+    torch.manual_seed(1)
+    config = NanoChatConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+    )
+    theirs = NanoChatForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    ours = load_model(tmp_path / "model.safetensors", written)
+    assert ours.shape.tied == tied
+    with torch.no_grad():
+        torch.testing.assert_close(ours(IDS), theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_modern_model_comes_back_as_it_was(tmp_path, tied):
+    model = modern_model(tied)
+    back = load_model(tmp_path / "model.safetensors", write_modern(tmp_path, model))
+    assert back.shape == model.shape
+    weights = back.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_nanochat_that_we_cannot_compute_is_refused(tmp_path):
+    config = write_modern(tmp_path, modern_model(True))
+    for change, words in (
+        ({"num_key_value_heads": 1}, "num_key_value_heads = 1"),
+        ({"intermediate_size": 64}, "intermediate_size = 64"),
+        ({"rope_parameters": {"rope_theta": 1e5}}, "rope_theta = 100000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            from_config(config | change)
+    with pytest.raises(UserError, match="is missing"):  # weights of the other architecture
+        load_model(tmp_path / "model.safetensors", write(tmp_path, random_model()) and config)
+
+
+# ---- gpt2 is GPT2LMHeadModel ----
 
 
 def test_we_compute_transformers_logits(tmp_path):
@@ -119,7 +214,7 @@ def test_a_truncated_file_is_refused(tmp_path):
     config = write(tmp_path, random_model())
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match="is no GPT-2 model"):
+    with pytest.raises(UserError, match="is no model"):
         load_model(path, config)
 
 

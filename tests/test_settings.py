@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 from snakegpt import settings
 from snakegpt.errors import UserError
+from snakegpt.model import n_parameters
+from snakegpt.placement import shape_of
 from snakegpt.settings import load, load_files, science
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +101,22 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
             1.0,
             ["min_learning_rate = 1 is above"],
         ),
+        (
+            "experiments.gpt2.laptop.training.cooldown_fraction",
+            0.3,
+            ["cooldown_fraction = 0.3 means nothing", "schedule = cosine", "warmup_stable_decay"],
+        ),
+        (
+            "experiments.gpt2.model.tie_embeddings",
+            False,
+            ["tie_embeddings = False means nothing", "architecture = gpt2", "only modern knows"],
+        ),
+        (
+            "experiments.gpt2.laptop.training.muon_momentum",
+            0.9,
+            ["muon_momentum = 0.9 means nothing", "optimizer = adamw", "only muon"],
+        ),
+        ("experiments.gpt2.model.preset", "1.6B", ["preset = '1.6B'", "Nearest valid name: 1.5B"]),
         ("experiments.My Model", {}, ["My Model", "pattern"]),
     ],
 )
@@ -106,6 +125,53 @@ def test_a_mistake_is_explained(path, value, words):
         load(changed(path, value))
     for word in words:
         assert word in str(caught.value)
+
+
+def modern(**model: object) -> dict:
+    config = copy.deepcopy(CONFIG)
+    config["experiments"]["gpt2"]["laptop"]["model"] |= {"architecture": "modern", **model}
+    return config
+
+
+def test_what_is_chosen_decides_defaults():
+    model = load(modern()).experiments["gpt2"].model
+    assert (model.bias, model.tie_embeddings, model.logit_softcap) == (None, True, 15.0)
+    assert load(modern(logit_softcap=None)).experiments["gpt2"].model.logit_softcap is None
+    model = load(CONFIG).experiments["gpt2"].model
+    assert (model.bias, model.tie_embeddings, model.logit_softcap) == (True, None, None)
+    assert settings.Training(optimizer="muon").muon_learning_rate == 0.02
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"bias": False}, ["bias = False means nothing", "only gpt2"]),
+        ({"heads": 128}, ["channels = 128", "heads = 128 x 2", "256"]),
+    ],
+)
+def test_modern_has_mistakes_of_its_own(model, words):
+    with pytest.raises(UserError) as caught:
+        load(modern(**model))
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_preset_fills_in_sizes_and_is_no_identity():
+    model = settings.Model(preset="124M", context=512)
+    assert (model.layers, model.heads, model.channels, model.context) == (12, 12, 768, 512)
+    written_out = settings.Model(layers=12, heads=12, channels=768, context=512)
+    assert science(model) == science(written_out)
+
+
+def test_the_presets_are_the_published_sizes():
+    published = {"124M": 124.4e6, "350M": 354.8e6, "774M": 774.0e6, "1.5B": 1557.6e6}
+    for name, n in published.items():
+        shape = shape_of(settings.Model(preset=name, vocabulary_multiple=1), 50_257)
+        assert n_parameters(shape) == pytest.approx(n, rel=1e-3)
+    assert set(settings.PRESETS) == set(typing.get_args(preset_choices()))
+
+
+def preset_choices() -> object:
+    return typing.get_args(settings.Model.model_fields["preset"].annotation)[0]
 
 
 def test_a_missing_block_is_named():

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from snakegpt.errors import UserError, nearest
 from snakegpt.pipeline import usable_threads
-from snakegpt.settings import Execution
+from snakegpt.settings import Closed, Execution, meaningless
 
 Block = TypeVar("Block", bound=BaseModel)
 
@@ -88,7 +88,7 @@ def only_path(paths: list[Path], role: str) -> Path:
 def block(model: type[Block], values: Mapping[str, Any] | None, where: str) -> Block:
     """A typed settings block from JSON values; a mistake is a UserError that names `where`."""
     try:
-        return model.model_validate(values or {})
+        made = model.model_validate(values or {})
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -99,6 +99,9 @@ def block(model: type[Block], values: Mapping[str, Any] | None, where: str) -> B
             else:
                 lines.append(f"{name}: {problem['msg']} (found {problem['input']!r})")
         raise UserError("\n".join(lines)) from None
+    if isinstance(made, Closed) and (problems := meaningless(made, where)):
+        raise UserError("\n".join(problems))
+    return made
 
 
 def read_json(path: Path, *keys: str) -> Any:

@@ -1,4 +1,9 @@
-"""GPT-2 as OpenAI trained it and transformers' `GPT2LMHeadModel` computes it, top to bottom.
+"""The network, top to bottom, in two architectures.
+
+    gpt2    GPT-2 as OpenAI trained it and transformers' `GPT2LMHeadModel` computes it
+    modern  what has proved better since, as transformers' `NanoChatForCausalLM` computes it: rotary
+            positions, normalised queries and keys, squared ReLU, norms without parameters (one more right
+            after the embedding), logits softly capped. docs/model.md has sources and measured gains.
 
 Axes, as suffixes of tensor names:
 
@@ -7,28 +12,42 @@ Axes, as suffixes of tensor names:
     S  positions attended to    V  vocabulary, padded
     C  channels                 F  channels inside the MLP, 4 C
 
-Sources: Radford et al. 2019 and OpenAI's code for what is computed; nanoGPT for how plainly it can be
-said; the padded vocabulary is nanoGPT's too (a multiple of 64 is 3 % faster on an A100).
+Sources: Radford et al. 2019 and OpenAI's code for what gpt2 computes; nanoGPT for how plainly it can be
+said; the padded vocabulary is nanoGPT's too (a multiple of 64 is 3 % faster on an A100); modded-nanogpt
+and nanochat for what modern is made of.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-AttentionKernel = Literal["sdpa", "math"]
+from snakegpt.losses import LossKernel, logits, token_losses
+
+Architecture = Literal["gpt2", "modern"]
+AttentionKernel = Literal["sdpa", "math", "flex"]
 
 INIT_STD = 0.02  # OpenAI's
+ROTARY_BASE = 10_000.0
+NORM_EPSILON = {"gpt2": 1e-5, "modern": 1e-6}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of a network. `vocabulary` is the padded one; see `padded_vocabulary`."""
+    """What a network computes, and its size. `vocabulary` is the padded one; see `padded_vocabulary`.
+
+    bias     gpt2: biases in linear layers and norms
+    tied     the head is the token embedding again; always so in gpt2
+    softcap  modern: logits are held between -softcap and softcap; None: they are not
+    """
 
     vocabulary: int
     layers: int
@@ -37,6 +56,17 @@ class Shape:
     context: int
     dropout: float = 0.0
     bias: bool = True
+    architecture: Architecture = "gpt2"
+    tied: bool = True
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        assert not (self.modern and self.bias)
+        assert self.modern or (self.tied and self.softcap is None)
+
+    @property
+    def modern(self) -> bool:
+        return self.architecture == "modern"
 
 
 def padded_vocabulary(n_vocab: int, multiple: int) -> int:
@@ -70,6 +100,51 @@ class KeyValueCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+@dataclass
+class Pass:
+    """What every block is told about the positions that go through the network.
+
+    angles   modern: cosine and sine of each position's rotations, each (T, D / 2)
+    allowed  who may attend to whom, where more than causality forbids it: (B, 1, T, T) boolean, or the
+             blocks of it that are not empty, for flex
+    cache    positions seen before these
+    """
+
+    angles: tuple[Tensor, Tensor] | None = None
+    allowed: Tensor | BlockMask | None = None
+    cache: KeyValueCache | None = None
+
+
+def rotation_angles(position_T: Tensor, D: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine by which each position turns each pair of channels (Su et al. 2021, RoPE)."""
+    place = torch.arange(0, D, 2, dtype=torch.float32, device=position_T.device)
+    angle = position_T.float().unsqueeze(1) * (1.0 / ROTARY_BASE ** (place / D))
+    return angle.cos(), angle.sin()
+
+
+def rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Channels d and d + D/2 of (..., T, D) turned together, so that q k^T sees distances only."""
+    cosine, sine = (a.to(x.dtype) for a in angles)
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((left * cosine + right * sine, right * cosine - left * sine), dim=-1)
+
+
+def rms_normalised(x: Tensor) -> Tensor:
+    """Divided by the root of its mean square over the last axis (Zhang and Sennrich 2019)."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPSILON["modern"]).to(x.dtype)
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm in gpt2; in modern what is left of it without parameters and means."""
+
+    def __init__(self, shape: Shape) -> None:
+        epsilon, learnt = NORM_EPSILON[shape.architecture], not shape.modern
+        super().__init__(shape.channels, epsilon, elementwise_affine=learnt, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.elementwise_affine else rms_normalised(x)
+
+
 class Attention(nn.Module):
     """Causal self-attention: every position reads the ones up to itself."""
 
@@ -80,44 +155,78 @@ class Attention(nn.Module):
         self.projection = nn.Linear(shape.channels, shape.channels, bias=shape.bias)
         self.projection_dropout = nn.Dropout(shape.dropout)
 
-    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
+    def forward(self, x_BTC: Tensor, how: Pass, layer: int) -> Tensor:
         B, T, C = x_BTC.shape
         heads_3_BHTD = self.qkv(x_BTC).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         q_BHTD, k_BHSD, v_BHSD = heads_3_BHTD
-        if cache is not None:
-            k_BHSD, v_BHSD = cache.extend(layer, k_BHSD, v_BHSD)
-        y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD)
+        if how.angles is not None:
+            # Their length cannot grow, so neither can the scores (Henry et al. 2020, QK norm).
+            q_BHTD, k_BHSD = rms_normalised(rotated(heads_3_BHTD[:2], how.angles))
+        if how.cache is not None:
+            k_BHSD, v_BHSD = how.cache.extend(layer, k_BHSD, v_BHSD)
+        y_BHTD = self.attend(q_BHTD, k_BHSD, v_BHSD, how.allowed)
         y_BTC = y_BHTD.transpose(1, 2).reshape(B, T, C)
         out_BTC: Tensor = self.projection_dropout(self.projection(y_BTC))
         return out_BTC
 
-    def attend(self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(D)) v, by torch's fused kernel or written out; q is of the last T of S."""
+    def attend(
+        self, q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, allowed: Tensor | BlockMask | None
+    ) -> Tensor:
+        """softmax(q k^T / sqrt(D)) v, by one of torch's kernels or written out; q is of the last T of S."""
         T, S = q_BHTD.shape[2], k_BHSD.shape[2]
         dropout = self.dropout if self.training else 0.0
-        if self.kernel == "sdpa" and T == S:
+        if isinstance(allowed, BlockMask):
+            found: Tensor = flex()(q_BHTD, k_BHSD, v_BHSD, block_mask=allowed)
+            return found
+        if self.kernel != "math" and T == S and allowed is None:
             return F.scaled_dot_product_attention(
                 q_BHTD, k_BHSD, v_BHSD, dropout_p=dropout, is_causal=True
             )
-        allowed_TS = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril(S - T)
-        if self.kernel == "sdpa":
-            return F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=allowed_TS)
+        if allowed is None:
+            allowed = torch.ones(T, S, dtype=torch.bool, device=q_BHTD.device).tril(S - T)
+        if self.kernel != "math":
+            return F.scaled_dot_product_attention(
+                q_BHTD, k_BHSD, v_BHSD, attn_mask=allowed, dropout_p=dropout
+            )
         score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(q_BHTD.shape[-1])
-        weight_BHTS = score_BHTS.masked_fill(~allowed_TS, -torch.inf).softmax(dim=-1)
+        weight_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
         return F.dropout(weight_BHTS, dropout) @ v_BHSD
 
 
+@functools.cache
+def flex() -> Callable[..., Tensor]:
+    """torch's flex_attention, which is a kernel only when compiled: blocks of a mask that are empty cost
+    nothing. It draws no dropout."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def document_mask(documents_BT: Tensor, kernel: AttentionKernel) -> Tensor | BlockMask:
+    """Positions attend to earlier ones of their own document."""
+    B, T = documents_BT.shape
+    if kernel != "flex":
+        same_BTT = documents_BT.unsqueeze(2) == documents_BT.unsqueeze(1)
+        return same_BTT.tril().unsqueeze(1)
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (documents_BT[b, q] == documents_BT[b, k])
+
+    return create_block_mask(allowed, B, None, T, T, device=documents_BT.device)
+
+
 class MLP(nn.Module):
-    """Two linear layers around a GELU, in the tanh form that OpenAI used."""
+    """Two linear layers around a GELU, in the tanh form that OpenAI used, or a squared ReLU."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
+        self.modern = shape.modern
         self.expansion = nn.Linear(shape.channels, 4 * shape.channels, bias=shape.bias)
         self.projection = nn.Linear(4 * shape.channels, shape.channels, bias=shape.bias)
         self.projection_dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        h_BTF = F.gelu(self.expansion(x_BTC), approximate="tanh")
+        h_BTF = self.expansion(x_BTC)
+        # So et al. 2021 (Primer) found the square.
+        h_BTF = F.relu(h_BTF).square() if self.modern else F.gelu(h_BTF, approximate="tanh")
         out_BTC: Tensor = self.projection_dropout(self.projection(h_BTF))
         return out_BTC
 
@@ -127,84 +236,116 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape, kernel: AttentionKernel) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(shape.channels, bias=shape.bias)
+        self.attention_norm = Norm(shape)
         self.attention = Attention(shape, kernel)
-        self.mlp_norm = nn.LayerNorm(shape.channels, bias=shape.bias)
+        self.mlp_norm = Norm(shape)
         self.mlp = MLP(shape)
 
-    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), cache, layer)
+    def forward(self, x_BTC: Tensor, how: Pass, layer: int) -> Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), how, layer)
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, blocks, a last norm, and the token embedding again as the head."""
+    """Embeddings, blocks, a last norm, and the head: the token embedding again unless untied.
 
-    def __init__(self, shape: Shape, kernel: AttentionKernel = "sdpa") -> None:
+    kernel  how attention is computed: decides rounding alone, as does the next
+    loss    how the cross-entropy is computed; see snakegpt.losses
+    """
+
+    def __init__(
+        self, shape: Shape, kernel: AttentionKernel = "sdpa", loss: LossKernel = "plain"
+    ) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.kernel, self.loss = shape, kernel, loss
         self.token_embedding = nn.Embedding(shape.vocabulary, shape.channels)
-        self.position_embedding = nn.Embedding(shape.context, shape.channels)
+        if not shape.modern:
+            self.position_embedding = nn.Embedding(shape.context, shape.channels)
         self.embedding_dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape, kernel) for _ in range(shape.layers))
-        self.final_norm = nn.LayerNorm(shape.channels, bias=shape.bias)
+        self.final_norm = Norm(shape)
+        if not shape.tied:
+            self.head = nn.Linear(shape.channels, shape.vocabulary, bias=False)
 
     def forward(
-        self, ids_BT: Tensor, targets_BT: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """What comes next.
 
-        ids_BT      (B, T) int64, T at most the context
-        targets_BT  (B, T) int64, the token after each of `ids_BT`
-        cache       positions seen before these; it is extended by them
-        returns     without targets logits (B, T, V); with targets the cross-entropy of each of them,
-                    (B, T) float32, nats
+        ids_BT        (B, T) int64, T at most the context
+        targets_BT    (B, T) int64, the token after each of `ids_BT`
+        cache         positions seen before these; it is extended by them
+        documents_BT  (B, T) int64, the document of each position, which sees no other; not with a cache
+        returns       without targets logits (B, T, V); with targets the cross-entropy of each of them,
+                      (B, T) float32, nats
         """
         T = ids_BT.shape[1]
         first = cache.n_seen if cache is not None else 0
         position_T = torch.arange(first, first + T, device=ids_BT.device)
-        x_BTC = self.token_embedding(ids_BT) + self.position_embedding(position_T)
+        how = Pass(cache=cache)
+        x_BTC = self.token_embedding(ids_BT)
+        if self.shape.modern:
+            x_BTC = rms_normalised(x_BTC)
+            how.angles = rotation_angles(position_T, self.shape.channels // self.shape.heads)
+        else:
+            x_BTC = x_BTC + self.position_embedding(position_T)
+        if documents_BT is not None:
+            assert cache is None
+            how.allowed = document_mask(documents_BT, self.kernel)
         x_BTC = self.embedding_dropout(x_BTC)
         for layer, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, cache, layer)
+            x_BTC = block(x_BTC, how, layer)
         if cache is not None:
             cache.n_seen += T
-        logits_BTV = F.linear(self.final_norm(x_BTC), self.token_embedding.weight)
+        x_BTC = self.final_norm(x_BTC)
+        head_VC = self.token_embedding.weight if self.shape.tied else self.head.weight
         if targets_BT is None:
-            return logits_BTV
-        loss = F.cross_entropy(
-            logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none"
+            return logits(x_BTC, head_VC, self.shape.softcap)
+        losses_N = token_losses(
+            x_BTC.flatten(0, 1), head_VC, targets_BT.flatten(), self.shape.softcap, self.loss
         )
-        return loss.view_as(targets_BT)
+        return losses_N.view_as(targets_BT)
 
 
 @torch.no_grad()
 def initialise(model: GPT, seed: int) -> GPT:
     """Give a model its first weights, a function of the seed alone, and return it.
 
-    As GPT-2: normal with std 0.02, biases 0, norms 1; what is added to the residual stream starts
-    smaller by 1/sqrt(additions), so that the stream's variance does not grow with depth.
+    gpt2: normal with std 0.02, biases 0, norms 1; what is added to the residual stream starts smaller by
+    1/sqrt(additions), so that the stream's variance does not grow with depth.
+    modern: what is added to the residual stream starts at 0 and so does an untied head (Yang et al. 2022,
+    muP): an untrained model predicts nothing in particular. Other matrices are uniform with variance 1/C.
     """
     draws = torch.Generator().manual_seed(seed)
     additions = 2 * model.shape.layers
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            residual = name.endswith("projection.weight")
-            std = INIT_STD / math.sqrt(additions) if residual else INIT_STD
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=draws))
-        else:
+        residual, drawn = name.endswith("projection.weight"), torch.empty(parameter.shape)
+        if parameter.dim() < 2:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        elif model.shape.modern and (residual or name == "head.weight"):
+            parameter.zero_()
+        elif model.shape.modern and name.startswith("blocks."):
+            limit = math.sqrt(3 / model.shape.channels)
+            parameter.copy_(drawn.uniform_(-limit, limit, generator=draws))
+        else:
+            std = INIT_STD / math.sqrt(additions) if residual else INIT_STD
+            parameter.copy_(drawn.normal_(0.0, std, generator=draws))
     return model
 
 
 def n_parameters(shape: Shape, *, embeddings: bool = True) -> int:
-    """Weights of a model by arithmetic; the tied head counts once, in the embeddings."""
+    """Weights of a model by arithmetic; a tied head counts once, in the embeddings, an untied one too."""
     C, one = shape.channels, int(shape.bias)
-    norm = C + one * C
+    norm = 0 if shape.modern else C + one * C
     attention = 3 * C * C + C * C + one * (3 * C + C)
     mlp = 2 * 4 * C * C + one * (4 * C + C)
     total = shape.layers * (attention + mlp + 2 * norm) + norm
-    return total + embeddings * (shape.vocabulary + shape.context) * C
+    rows = shape.vocabulary * (1 if shape.tied else 2) + (0 if shape.modern else shape.context)
+    return total + embeddings * rows * C
 
 
 def flops_per_token(shape: Shape) -> int:
@@ -213,16 +354,22 @@ def flops_per_token(shape: Shape) -> int:
     source  PaLM (Chowdhery et al. 2022, appendix B), as nanoGPT counts: 6 a weight, the head once, no
             look-ups, plus 12 L H D T for attention as if it were not causal
     """
-    weights = n_parameters(shape) - shape.context * shape.channels
-    return 6 * weights + 12 * shape.layers * shape.channels * shape.context
+    C = shape.channels
+    weights = n_parameters(shape, embeddings=False) + shape.vocabulary * C
+    return 6 * weights + 12 * shape.layers * C * shape.context
 
 
-def choose_kernel(device: str, dtype: torch.dtype, context: int) -> AttentionKernel:
+def choose_kernel(
+    device: str, dtype: torch.dtype, context: int, *, masks_documents: bool = False
+) -> AttentionKernel:
     """The faster attention kernel.
 
     On CPU the backward pass of the fused kernel in bfloat16 is slow for short contexts: 7.1 ms against
     1.7 ms written out (12 rows, 4 heads of 32, 64 tokens) and 90 against 54 (16 rows, 6 heads of 64,
     256 tokens); at 1,024 tokens, and in float32, the fused one wins. Measured on Zen 4, torch 2.13.
+    On CUDA a document mask would cost the fused kernel its fast path; flex skips what is masked.
     """
+    if device == "cuda" and masks_documents:
+        return "flex"
     slow = device == "cpu" and dtype == torch.bfloat16 and context <= 512
     return "math" if slow else "sdpa"

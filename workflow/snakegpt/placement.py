@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 
 from snakegpt import distributed
+from snakegpt.errors import UserError
+from snakegpt.losses import LossKernel, choose_loss
 from snakegpt.model import AttentionKernel, Shape, choose_kernel, padded_vocabulary
 from snakegpt.settings import Execution, Model, Training
 
@@ -23,7 +25,10 @@ def shape_of(model: Model, n_vocab: int) -> Shape:
         channels=model.channels,
         context=model.context,
         dropout=model.dropout,
-        bias=model.bias,
+        bias=model.architecture == "gpt2" and model.bias is not False,
+        architecture=model.architecture,
+        tied=model.tie_embeddings is not False,
+        softcap=model.logit_softcap,
     )
 
 
@@ -33,14 +38,14 @@ class Passes(NamedTuple):
     dtype: torch.dtype
     kernel: AttentionKernel
     micro_rows: int
+    loss: LossKernel
 
 
 def choose_passes(
     training: Training, execution: Execution, shape: Shape, *, device: str, share: int
 ) -> Passes:
-    """Resolve precision, attention kernel and micro-batch; `share` is the rows of one rank in a step."""
+    """Resolve precision, kernels and micro-batch; `share` is the rows of one rank in a step."""
     dtype = distributed.choose_precision(training.precision, device)
-    kernel = execution.attention
     micro_rows = distributed.choose_micro_rows(
         execution.rows_per_rank,
         device=device,
@@ -49,8 +54,19 @@ def choose_passes(
         vocabulary=shape.vocabulary,
         width=shape.layers * shape.channels,
     )
-    return Passes(
-        dtype,
-        choose_kernel(device, dtype, shape.context) if kernel == "auto" else kernel,
-        micro_rows,
-    )
+    kernel, loss = execution.attention, execution.cross_entropy
+    masks = training.document_masking
+    if kernel == "auto":
+        kernel = choose_kernel(device, dtype, shape.context, masks_documents=masks)
+    if kernel == "flex" and (device != "cuda" or not masks):
+        raise UserError(
+            "execution.attention = flex is for training.document_masking on cuda.\n"
+            "  set it to auto, sdpa or math"
+        )
+    if kernel == "flex" and shape.dropout:
+        raise UserError(
+            "flex attention draws no dropout: set model.dropout = 0, or execution.attention = sdpa."
+        )
+    if loss == "auto":
+        loss = choose_loss(shape.vocabulary, micro_rows * shape.context, dtype)
+    return Passes(dtype, kernel, micro_rows, loss)

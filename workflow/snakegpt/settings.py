@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -27,6 +27,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 
@@ -34,13 +35,46 @@ from snakegpt.errors import UserError, nearest
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Scale = Literal["laptop", "full"]
+ScheduleKind = Literal["cosine", "linear", "warmup_stable_decay"]
 LABEL = {"identity": False}  # on a field of a science block: describes, decides no byte
 
 
 class Closed(BaseModel):
-    """A settings block: unknown keys are errors, values are frozen, every field has a description."""
+    """A settings block: unknown keys are errors, values are frozen, every field has a description.
+
+    Some fields mean something only for one value of another field, and are null for the others.
+    `CHOICES` says which, and their defaults: choosing field -> its value -> field -> default.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    CHOICES: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_defaults_of_choices(cls, values: Any) -> Any:
+        if not (isinstance(values, Mapping) and cls.CHOICES):
+            return values
+        defaults: dict[str, Any] = {}
+        for chooser, options in cls.CHOICES.items():
+            chosen = values.get(chooser, cls.model_fields[chooser].default)
+            defaults |= options.get(chosen, {}) if isinstance(chosen, str) else {}
+        return {**defaults, **values}
+
+
+def meaningless(block: Closed, where: str) -> list[str]:
+    """Complaints about fields that are set although what was chosen does not know them."""
+    problems = []
+    for chooser, options in block.CHOICES.items():
+        chosen = getattr(block, chooser)
+        for field in dict.fromkeys(field for fields in options.values() for field in fields):
+            knowing = [option for option, fields in options.items() if field in fields]
+            value = getattr(block, field)
+            if value is not None and chosen not in knowing:
+                problems.append(
+                    f"{where}.{field} = {value} means nothing for {chooser} = {chosen};"
+                    f" only {' and '.join(knowing)} knows it: remove it."
+                )
+    return problems
 
 
 # ---- corpora ---------------------------------------------------------------------------------
@@ -211,11 +245,34 @@ Tokenizer = Annotated[AnyTokenizer, Field(discriminator="kind")]
 # ---- experiments -----------------------------------------------------------------------------
 
 
+PRESETS = {  # layers, heads, channels, context; from 124M on the sizes of GPT-2
+    "nano": (3, 3, 48, 64),
+    "micro": (4, 4, 128, 64),
+    "mini": (6, 6, 384, 256),
+    "124M": (12, 12, 768, 1024),
+    "350M": (24, 16, 1024, 1024),
+    "774M": (36, 20, 1280, 1024),
+    "1.5B": (48, 25, 1600, 1024),
+}
+
+
 class Model(Closed):
     """The network. Defaults are GPT-2 124M."""
 
-    architecture: Literal["gpt2"] = "gpt2"
-    """gpt2: OpenAI's, as transformers' GPT2LMHeadModel computes it."""
+    CHOICES = {
+        "architecture": {
+            "gpt2": {"bias": True},
+            "modern": {"tie_embeddings": True, "logit_softcap": 15.0},
+        },
+    }
+
+    architecture: Literal["gpt2", "modern"] = "gpt2"
+    """gpt2: OpenAI's, as transformers' GPT2LMHeadModel computes it; modern: rotary positions, QK norm and more, as its NanoChatForCausalLM does."""
+    preset: Annotated[
+        Literal["nano", "micro", "mini", "124M", "350M", "774M", "1.5B"] | None,
+        Field(json_schema_extra=LABEL),
+    ] = None
+    """Layers, heads, channels and context of a known size, where they are not set themselves."""
     layers: Annotated[int, Field(ge=1)] = 12
     """Transformer blocks."""
     heads: Annotated[int, Field(ge=1)] = 12
@@ -226,43 +283,141 @@ class Model(Closed):
     """Longest sequence the model sees, tokens."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability during training."""
-    bias: bool = True
-    """Biases in linear layers and layer norms."""
+    bias: bool | None = None
+    """gpt2 only, true unless set: biases in linear layers and layer norms."""
+    tie_embeddings: bool | None = None
+    """modern only, true unless set: the head is the token embedding again. (gpt2's always is.)"""
+    logit_softcap: Annotated[float, Field(gt=0)] | None = None
+    """modern only, 15 unless set: logits are held between this and its negative; null for off."""
     vocabulary_multiple: Annotated[int, Field(ge=1)] = 64
     """The vocabulary is padded up to a multiple of this (50,257 becomes 50,304)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_preset(cls, values: Any) -> Any:
+        sizes = PRESETS.get(str(values.get("preset"))) if isinstance(values, Mapping) else None
+        fields = ("layers", "heads", "channels", "context")
+        return {**dict(zip(fields, sizes, strict=True)), **values} if sizes else values
+
+
+def model_problems(model: Model, where: str) -> list[str]:
+    """Complaints about a model's sizes and about fields that its architecture does not know."""
+    problems = meaningless(model, where)
+    channels, heads = model.channels, model.heads
+    modern = model.architecture == "modern"
+    multiple = heads * (2 if modern else 1)
+    if channels % multiple:
+        below, above = (channels // multiple * multiple + d for d in (0, multiple))
+        why = f"heads = {heads}" + (" x 2 (rotary positions turn pairs)" if modern else "")
+        problems.append(
+            f"{where}.channels = {channels} is not a multiple of {why};"
+            f" nearest that fit: {below or above} and {above}."
+        )
+    return problems
 
 
 class Training(Closed):
     """Optimisation. Defaults are the GPT-2 124M recipe of nanoGPT and llm.c."""
 
+    CHOICES = {
+        "optimizer": {"muon": {"muon_learning_rate": 0.02, "muon_momentum": 0.95}},
+        "schedule": {"warmup_stable_decay": {"cooldown_fraction": 0.5}},
+    }
+
     batch_tokens: Annotated[int, Field(ge=1)] = 524_288
     """Tokens per optimiser step, over all ranks; a multiple of the context."""
     steps: Annotated[int, Field(ge=1)] = 19_073
     """Optimiser steps."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for all, or muon for the matrices inside blocks and adamw for the rest."""
     learning_rate: Annotated[float, Field(gt=0)] = 6e-4
-    """Peak learning rate."""
+    """Peak learning rate of what adamw moves."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 6e-5
-    """Learning rate at the end of the cosine decay."""
+    """Learning rate at the end of the decay; muon's falls by the same factor."""
+    schedule: ScheduleKind = "cosine"
+    """How the learning rate decays after its warm-up; warmup_stable_decay stays at the peak and then falls on a straight line."""
     warmup_steps: Annotated[int, Field(ge=0)] = 700
     """Steps of linear warm-up from 0."""
     decay_steps: Annotated[int, Field(ge=1)] | None = None
-    """Step at which the cosine decay ends; null: at the last step."""
+    """Step at which the decay ends; null: at the last step."""
+    cooldown_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """warmup_stable_decay only, 0.5 unless set: share of the steps up to the decay's end in which the rate falls."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW weight decay of matrices and embeddings; biases and norms have none."""
+    """Weight decay of matrices and embeddings, times the learning rate; biases and norms have none."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW decay rate of the first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """AdamW decay rate of the second moment."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """muon only, 0.02 unless set: its peak learning rate, the size (spectral norm) of a square matrix's change in a step."""
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """muon only, 0.95 unless set: decay rate of its average of gradients."""
+    continue_from: Name | None = None
+    """Experiment whose finished training this one goes on from: its steps count, its learning rates must be these up to there; null: from new weights."""
+    document_masking: bool = False
+    """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Global norm that gradients are clipped to; null for off."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32."""
+    skip_spikes_above: Annotated[float, Field(gt=0)] | None = None
+    """Skip the update of a step whose loss is more than this many standard deviations above the mean of recent ones; null for off. An update whose gradient is not finite is always skipped."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Losses that count as recent; none is a spike before there are as many."""
+    rollback_after: Annotated[int, Field(ge=1)] = 20
+    """Updates skipped in a row after which training goes back to its last validation without any, and leaves out the data in between."""
+    rollbacks: Annotated[int, Field(ge=0)] = 3
+    """Times that training may go back before it gives up; 0: it gives up at once, and saves no state to go back to."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32. float16 is for GPUs without bfloat16; its loss is scaled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     """Seed of initial weights, batch order and dropout."""
     validation_interval: Annotated[int, Field(ge=1)] = 250
     """Steps between validation losses; the best one decides best.safetensors."""
     validation_tokens: Annotated[int, Field(ge=1)] | None = 1_048_576
     """Validation tokens used each time, from the start of the split; null: all of them."""
+
+    @property
+    def decay_end(self) -> int:
+        """The step from which on the learning rate is the least."""
+        return self.decay_steps or self.steps
+
+    @property
+    def decay_begin(self) -> int:
+        """The step up to which the learning rate does not depend on where its decay ends."""
+        if self.schedule != "warmup_stable_decay":
+            return self.warmup_steps
+        cooldown = round((self.cooldown_fraction or 0) * self.decay_end)
+        return max(self.warmup_steps, self.decay_end - cooldown)
+
+
+def continuation_problems(done: Training, wanted: Training) -> list[str]:
+    """Why a run may not go on from a finished one; none if it may.
+
+    It may where it would have made the same steps up to there, had it started anew: with learning rates
+    that fall as they fell, or that had not begun to fall.
+    """
+    problems = []
+    if wanted.steps <= done.steps:
+        problems.append(
+            f"training.steps = {wanted.steps:,}, but the run to continue from has made"
+            f" {done.steps:,} already: ask for more."
+        )
+    rises = ("optimizer", "learning_rate", "muon_learning_rate", "warmup_steps")
+    falls = ("schedule", "min_learning_rate", "decay_end")
+    differ = [name for name in rises if getattr(done, name) != getattr(wanted, name)]
+    if done.steps > min(done.decay_begin, wanted.decay_begin):
+        differ += [name for name in falls if getattr(done, name) != getattr(wanted, name)]
+        differ += ["cooldown_fraction"] * (done.decay_begin != wanted.decay_begin)
+    if differ:
+        names = [name.replace("decay_end", "decay_steps") for name in dict.fromkeys(differ)]
+        problems.append(
+            f"the run to continue from has had other learning rates in its {done.steps:,} steps:"
+            f" training.{', training.'.join(names)} differ"
+            f" (decay from {done.decay_begin:,} to {done.decay_end:,}; here from"
+            f" {wanted.decay_begin:,} to {wanted.decay_end:,}).\n"
+            "  give both the same; or train with schedule = warmup_stable_decay and a decay_steps far"
+            " enough for it to begin after training.steps"
+        )
+    return problems
 
 
 class Evaluation(Closed):
@@ -302,10 +457,18 @@ class Execution(Closed):
     """Training processes of each of several nodes (`ranks` is of one machine); auto: as there."""
     rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Micro-batch of one rank, sequences; the rest of a step is gradient accumulation."""
-    attention: Literal["auto", "sdpa", "math"] = "auto"
-    """Attention kernel; auto: the faster one for device, precision and context."""
+    attention: Literal["auto", "sdpa", "math", "flex"] = "auto"
+    """Attention kernel: torch's fused one, written out, or torch's flex_attention (document_masking on cuda); auto: the fastest for device, precision and context."""
+    cross_entropy: Literal["auto", "plain", "chunked"] = "auto"
+    """Loss of the head: over all logits at once, or a chunk of tokens at a time, which takes a fraction of the memory; auto: chunked for large vocabularies."""
     compiled: Literal["auto"] | bool = "auto"
     """torch.compile the model; auto: on cuda only."""
+    strategy: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
+    """What ranks share: ddp gradients, zero1 also optimiser states, fsdp also weights; auto: the first of these that fits."""
+    deterministic: bool = False
+    """Sum gradients in one order, so that any number of ranks that divides a step's micro-batches ends at the same bits; ddp only, slower, one thread a rank on CPU."""
+    activation_checkpointing: bool = False
+    """Compute the activations of blocks again in the backward pass instead of keeping them; training turns to it by itself where not even one row fits."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
     """What encodes: tiktoken, or gigatoken where it is installed, which gives the same ids many times faster."""
     download_workers: Annotated[int, Field(ge=1, le=64)] = 4
@@ -316,6 +479,14 @@ class Execution(Closed):
     """Seconds between progress lines."""
     save_interval_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between saved training states."""
+    keep_states: Annotated[int, Field(ge=1)] = 2
+    """Newest training states that stay; 12 bytes a parameter each, with adamw."""
+    stop_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that ranks have to save and leave after SIGTERM, SIGINT or SIGUSR1, before they are killed."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds without progress after which a rank shows where it stands and ends the run; null: never."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times that ranks are started again after one has died, unless they have saved a newer state since: then as often again."""
     network_environment: bool = True
     """Let training use the launch environment that bench_network recommends."""
     network_test_s: Annotated[float, Field(ge=0.5, le=60)] = 2.0
@@ -510,12 +681,7 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
         value = getattr(experiment, noun)
         if value not in table:
             problems.append(f"{where}.{noun} = '{value}' is not defined.{nearest(value, table)}")
-    if model.channels % model.heads:
-        below, above = (model.channels // model.heads * model.heads + d for d in (0, model.heads))
-        problems.append(
-            f"{where}.model.channels = {model.channels} is not a multiple of heads = {model.heads};"
-            f" nearest that fit: {below or above} and {above}."
-        )
+    problems += model_problems(model, f"{where}.model")
     if training.batch_tokens % model.context:
         rows = training.batch_tokens // model.context
         problems.append(
@@ -523,18 +689,47 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
             f" model.context = {model.context:,};"
             f" nearest that fit: {max(rows, 1) * model.context:,} and {(rows + 1) * model.context:,}."
         )
+    problems += _continuation_conflicts(settings, name)
     if training.min_learning_rate > training.learning_rate:
         problems.append(
             f"{where}.training.min_learning_rate = {training.min_learning_rate:g} is above"
             f" learning_rate = {training.learning_rate:g}."
         )
-    end = training.decay_steps or training.steps
+    problems += meaningless(training, f"{where}.training")
+    end = training.decay_end
     if training.warmup_steps > end:
         problems.append(
             f"{where}.training.warmup_steps = {training.warmup_steps:,} is beyond the end of the"
             f" decay at step {end:,}."
         )
     return problems
+
+
+def _continuation_conflicts(settings: Settings, name: str) -> list[str]:
+    """What is wrong with the experiment that one continues from."""
+    where = f"experiments.{name}.training.continue_from"
+    experiment = settings.experiments[name]
+    source = experiment.training.continue_from
+    passed = [name]
+    while source is not None:
+        if source not in settings.experiments:
+            known = nearest(source, settings.experiments)
+            return [f"{where} = '{source}' is not defined.{known}"] if len(passed) == 1 else []
+        if source in passed:
+            return [f"{where}: {' -> '.join([*passed, source])} comes back to itself."]
+        passed.append(source)
+        source = settings.experiments[source].training.continue_from
+    if len(passed) == 1:
+        return []
+    before = settings.experiments[passed[1]]
+    problems = continuation_problems(before.training, experiment.training)
+    if before.tokenizer != experiment.tokenizer:
+        problems.append(f"its tokenizer is {before.tokenizer}, this one's {experiment.tokenizer}.")
+    models = [science(each.model) | {"dropout": None} for each in (before, experiment)]
+    if models[0] != models[1]:
+        differ = ", ".join(key for key, value in models[0].items() if value != models[1][key])
+        problems.append(f"its model is another one: {differ} differ.")
+    return [f"{where} = '{passed[1]}': {problem}" for problem in problems]
 
 
 def _parse(config: Mapping[str, Any], files: Sequence[str | Path]) -> Settings:
