@@ -1,11 +1,12 @@
 # make setup   create .venv from the pinned lock
 # make demo    real text to a trained GPT-2 and its report, in minutes on two cores
-# make test    linters and all tests of the short kind; make test-long adds those that take minutes
+# make test    linters and all tests of the short kind; make test-long adds those that take minutes,
+#              make test-cluster runs those on a Slurm and on wires of their own (root)
 SHELL := /bin/sh
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help setup demo check format generate test test-long clean lock
+.PHONY: help setup demo check format generate test test-long test-cluster clean lock
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -39,6 +40,9 @@ test: check
 
 test-long: check
 	pytest
+
+test-cluster: setup
+	pytest -rs tests/test_network_lab.py tests/test_cluster.py
 
 clean:
 	rm -rf results logs .snakemake

@@ -14,7 +14,7 @@ from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError, nearest
 from snakegpt.identity import code_of, digest
 from snakegpt.locks import read as read_locks
-from snakegpt.pipeline import TARGETS, Pipeline
+from snakegpt.pipeline import MACHINE, TARGETS, Pipeline, machine
 from snakegpt.settings import load as load_settings
 from snakegpt.store.command import store_of
 from snakegpt.store.links import mend
@@ -40,6 +40,10 @@ gc.set_threshold(50_000, 20, 100)
 
 # Jobs call the Python that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
+
+# A job on another node reads this file again, and must see the machine that its measurements were asked
+# for on: Slurm's jobs get this process's environment.
+os.environ.setdefault(MACHINE, json.dumps(machine()))
 
 PIPELINE = user_error_as_workflow_error(make_pipeline)
 SETTINGS = PIPELINE.settings
@@ -174,6 +178,21 @@ TRAINING_THREADS = 8
 
 # A stage that uses GPUs uses all of a machine's; the profile's limit of one lets one run at a time.
 GPU = 1
+
+
+def several_nodes(wildcards):
+    """Nodes that an experiment trains on, or None for one: Snakemake drops a resource that is None."""
+    nodes = SETTINGS.experiment(wildcards.experiment).execution.nodes
+    return nodes if nodes > 1 else None
+
+
+def launcher_of_nodes(wildcards):
+    """Tells the Slurm executor to run the rule's command in the batch script, which calls srun itself.
+
+    Without the resource `mpi` it runs everything under an srun of one task, and none of several nodes
+    can be started from there.
+    """
+    return "srun" if several_nodes(wildcards) else None
 
 
 def before_training(wildcards):

@@ -118,6 +118,7 @@ rule index_tokens:
         "logs/index_tokens/{corpus}-{tokenizer}.log",
     benchmark:
         "logs/index_tokens/{corpus}-{tokenizer}.tsv"
+    localrule: True
     conda:
         "../envs/snakegpt.yaml"
     threads: 1

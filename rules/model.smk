@@ -46,6 +46,9 @@ rule train_model:
         mem_mb=8000,
         runtime=1440,
         gpu=GPU,
+        mpi=launcher_of_nodes,
+        nodes=several_nodes,
+        tasks=several_nodes,
     params:
         settings=settings_of("train_model"),
         code=code_of_stage("train_model"),

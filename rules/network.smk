@@ -17,6 +17,9 @@ rule bench_network:
         mem_mb=4000,
         runtime=20,
         gpu=GPU,
+        mpi=launcher_of_nodes,
+        nodes=several_nodes,
+        tasks=several_nodes,
     params:
         settings=settings_of("bench_network"),
         code=code_of_stage("bench_network"),

@@ -16,6 +16,7 @@ rule build_report:
         "logs/build_report/{experiment}.log",
     benchmark:
         "logs/build_report/{experiment}.tsv"
+    localrule: True
     conda:
         "../envs/snakegpt.yaml"
     threads: 1

@@ -108,3 +108,24 @@ def test_results_of_different_tokenizers_are_refused(tmp_path, capsys):
         run(tmp_path, change=other)
     assert stopped.value.code == 2
     assert "different tokenizers" in capsys.readouterr().err
+
+
+def test_links_and_nodes_of_a_cluster_stand_in_the_page(tmp_path):
+    def several(network):
+        speed = {"matmul_flops_per_s": 2.5e10, "host_to_device_gb_per_s": None}
+        network["nodes"] = [
+            {"host": host, "ranks": 4, "interface": {"name": "ens5"}}
+            | {"speed": {**speed, "disk_read_gb_per_s": 1.25}}
+            for host in ("ada", "bob")
+        ]
+        trips = {"p50": 1.5e-4, "p99": 9e-4}
+        rate = {"bits_per_second": 9.41e8}
+        link = {"from": 0, "to": 1, "up": rate, "down": None, "latency_s": trips, "mtu": 9000}
+        network["links"] = [link]
+        network["warnings"] = ["bob is slow: it sends less."]
+
+    text = text_of(run(tmp_path, change=("network", several))[0])
+    assert "All 1 links between 2 nodes" in text
+    assert "ada bob 941M unknown unknown 150 µs 900 µs 9000" in text
+    assert "bob ens5 4 25G – 1.25" in text
+    assert "bob is slow: it sends less." in text

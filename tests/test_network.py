@@ -1,20 +1,29 @@
-"""Network figures: nccl-tests' conventions, iperf3's answers, routes."""
+"""Network figures: nccl-tests' conventions, iperf3's answers, routes, rounds of pairs, advice."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import socket
 import stat
+import threading
 from itertools import pairwise
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from snakegpt import network
 from snakegpt.errors import UserError
-from snakegpt.network_interfaces import interface_towards, interface_with
+from snakegpt.network import advice, collectives, iperf, links, nodes
+from snakegpt.network.advice import Candidate
+from snakegpt.network.interfaces import (
+    devices,
+    interface_towards,
+    interface_with,
+    rdma_ports,
+    require_known,
+)
 
 
 @pytest.fixture
@@ -25,34 +34,45 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
+# ---- collectives -----------------------------------------------------------------------------
+
+
 def test_bandwidths_are_those_of_nccl_tests():
-    # doc/PERFORMANCE.md: 1 GB in 0.1 s is 10 GB/s; on 4 ranks a ring sends 2 x 3/4 of it on every link
-    found = network.bandwidths(10**9, 0.1, 4)
-    assert found["algbw_gb_per_s"] == pytest.approx(10)
-    assert found["busbw_gb_per_s"] == pytest.approx(15)
-    assert network.bandwidths(10**9, 0.1, 2)["busbw_gb_per_s"] == pytest.approx(10)
+    # doc/PERFORMANCE.md: 1 GB in 0.1 s is 10 GB/s; on 4 ranks a ring sends 2 x 3/4 of it on every link,
+    # and half of that where data goes round once
+    for name, on_four in (("all_reduce", 15), ("reduce_scatter", 7.5), ("all_gather", 7.5)):
+        found = collectives.bandwidths(name, 10**9, 0.1, 4)
+        assert found["algbw_gb_per_s"] == pytest.approx(10)
+        assert found["busbw_gb_per_s"] == pytest.approx(on_four)
+    assert collectives.bandwidths("all_reduce", 10**9, 0.1, 2)["busbw_gb_per_s"] == pytest.approx(
+        10
+    )
 
 
+@pytest.mark.parametrize("ranks", [1, 3, 7, 1000])
 @pytest.mark.parametrize("largest", [1, 1024, 1025, 4096, 29_000_003])
-def test_sizes_double_up_to_the_gradients_themselves(largest):
-    sizes = network.message_sizes(largest)
-    assert sizes[0] == 1024
-    assert sizes[-1] == max(1024, largest - largest % 4)
-    assert all(size % 4 == 0 for size in sizes)
+def test_sizes_double_up_to_the_gradients_themselves(largest, ranks):
+    sizes = collectives.message_sizes(largest, ranks)
+    unit = 4 * ranks
+    least = -(-1024 // unit) * unit
+    assert sizes[-1] == max(least, largest - largest % unit)
+    assert sizes[0] == min(least, sizes[-1])
+    assert all(size % unit == 0 for size in sizes)
     assert all(b == 2 * a for a, b in pairwise(sizes[:-1]))
-    assert len(sizes) < 3 or sizes[-2] < sizes[-1] <= 2 * sizes[-2]
+    assert len(sizes) < 2 or sizes[-2] < sizes[-1] <= 2 * sizes[-2]
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_curve_has_every_size_and_its_sums_are_checked():
-    rows = network.all_reduce_curve("cpu", 100_000, limit_s=2)
-    assert [row["bytes"] for row in rows] == network.message_sizes(100_000)
-    assert all(row["n_wrong"] == 0 and row["time_s"] > 0 for row in rows)
+@pytest.mark.parametrize("collective", ["all_reduce", "reduce_scatter", "all_gather"])
+def test_a_curve_has_every_size_and_its_sums_are_checked(collective):
+    rows = collectives.curve(collective, "cpu", 100_000, limit_s=2)
+    assert [row["bytes"] for row in rows] == collectives.message_sizes(100_000)
+    assert all(row.get("n_wrong", 0) == 0 and row["time_s"] > 0 for row in rows)
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_spent_limit_leaves_the_gradients_measured_once():
-    rows = network.all_reduce_curve("cpu", 100_000, limit_s=-1)
+    rows = collectives.curve("all_reduce", "cpu", 100_000, limit_s=-1)
     assert [(row["bytes"], row["iterations"]) for row in rows] == [(100_000, 1)]
 
 
@@ -66,20 +86,12 @@ def test_a_sum_that_comes_out_wrong_is_counted(monkeypatch):
             tensor[3] += 1
 
     message = torch.empty(10)
-    assert network._wrong_sums(message) == 0
+    assert collectives._wrong_sums(message) == 0
     monkeypatch.setattr(dist, "all_reduce", faulty)
-    assert network._wrong_sums(message) == 1
+    assert collectives._wrong_sums(message) == 1
 
 
-def test_only_what_has_a_reason_is_recommended():
-    lo = interface_towards("127.0.0.1")
-    environment, advice = network.recommend("gloo", 2, lo)
-    assert environment == {"GLOO_SOCKET_IFNAME": lo.name}
-    assert len(advice) == 1
-    for backend, ranks in (("nccl", 8), ("gloo", 1)):
-        environment, advice = network.recommend(backend, ranks, lo)
-        assert environment == {}
-        assert advice
+# ---- interfaces ------------------------------------------------------------------------------
 
 
 def test_the_route_decides_the_interface():
@@ -117,12 +129,12 @@ def test_an_address_of_no_interface_is_named():
 
 def test_without_iperf3_there_is_a_reason(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    assert network.iperf3("127.0.0.1") == (None, "iperf3 is not installed")
+    assert iperf.loopback("127.0.0.1") == (None, "iperf3 is not installed")
 
 
 @pytest.mark.skipif(shutil.which("iperf3") is None, reason="iperf3 is not installed")
 def test_iperf3_measures_loopback():
-    figures, reason = network.iperf3("127.0.0.1", seconds=1)
+    figures, reason = iperf.loopback("127.0.0.1", seconds=1)
     assert reason is None
     assert figures["gb_per_s"] * 8e9 == pytest.approx(figures["bits_per_second"])
     assert figures["bits_per_second"] > 1e8
@@ -142,12 +154,12 @@ def test_an_iperf3_that_fails_gives_its_reason(tmp_path, monkeypatch, client, re
     # A server that listens, so that the client is started.
     serve = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(30)"
     program.write_text(
-        '#!/bin/sh\nif [ "$1" = --server ]; then shift 5; exec python3 -c '
+        '#!/bin/sh\nif [ "$1" = --server ]; then shift 4; exec python3 -c '
         f'"{serve}" "$1"; fi\n{client}\n'
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    figures, found = network.iperf3("127.0.0.1", seconds=0, wait_s=3)
+    figures, found = iperf.loopback("127.0.0.1", seconds=0, wait_s=3)
     assert figures is None
     assert reason in found
 
@@ -156,7 +168,7 @@ def test_figures_of_iperf3_are_read_from_its_json():
     answer = json.loads("""{"start": {"version": "iperf 3.12"}, "end": {
       "streams": [{"sender": {"mean_rtt": 1500}}], "sender_tcp_congestion": "cubic",
       "sum_sent": {"retransmits": 7}, "sum_received": {"seconds": 2.0, "bits_per_second": 8e9}}}""")
-    found = network._iperf3_figures(answer)
+    found = iperf.tcp_figures(answer)
     assert found["gb_per_s"] == pytest.approx(1.0)
     assert found["mean_rtt_s"] == pytest.approx(0.0015)
     assert found["retransmits"] == 7
@@ -164,7 +176,276 @@ def test_figures_of_iperf3_are_read_from_its_json():
 
 def test_findings_are_written_out():
     row = {"bytes": 498_000_000, "time_s": 1.3149, "busbw_gb_per_s": 0.378736}
-    takes, best = network.findings(498_000_000, [row], 0.00131)
+    takes, best = advice.findings(498_000_000, [row], 0.00131)
     assert "(498.0 MB) takes 1,310 ms" in takes
     assert "the smallest message takes 1,310 µs" in takes
     assert "0.379 GB/s, at messages of 498,000,000 bytes" in best
+
+
+# ---- interfaces as sysfs has them ------------------------------------------------------------
+
+
+def test_rdma_ports_are_read_from_sysfs_and_named_as_nccl_wants_them(tmp_path):
+    for device, port, state in (("mlx5_0", 1, "4: ACTIVE"), ("mlx5_10", 2, "1: DOWN")):
+        folder = tmp_path / "class/infiniband" / device / "ports" / str(port)
+        folder.mkdir(parents=True)
+        for name, text in {"state": state, "link_layer": "Ethernet", "rate": "100 Gb/sec"}.items():
+            (folder / name).write_text(f"{text}\n")
+    (tmp_path / "class/infiniband/mlx5_0/device/net/ens1").mkdir(parents=True)
+    first, second = rdma_ports(tmp_path)
+    assert first == {
+        "name": "mlx5_0:1",
+        "state": "ACTIVE",
+        "link_layer": "Ethernet",
+        "rate": "100 Gb/sec",
+        "interface": "ens1",
+    }
+    assert (second["name"], second["state"], second["interface"]) == ("mlx5_10:2", "DOWN", None)
+    assert rdma_ports(tmp_path / "nowhere") == []
+
+
+def test_devices_carry_their_networks():
+    lo = next(device for device in devices() if "127.0.0.1/8" in device.networks)
+    assert lo.kind == "loopback"
+    assert lo.up
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "known"),
+    [
+        ("GLOO_SOCKET_IFNAME", "{lo}", True),
+        ("GLOO_SOCKET_IFNAME", "{lo},nope0", False),
+        ("NCCL_SOCKET_IFNAME", "={lo}x", False),
+        ("NCCL_SOCKET_IFNAME", "^nope0", True),  # what is to be left out need not be there
+        ("NCCL_SOCKET_IFNAME", "nope", False),
+        ("NCCL_SOCKET_IFNAME", "", True),
+    ],
+)
+def test_interfaces_that_do_not_exist_are_refused(variable, value, known):
+    value = value.format(lo=interface_towards("127.0.0.1").name)
+    if known:
+        require_known({variable: value})
+    else:
+        with pytest.raises(UserError, match=variable):
+            require_known({variable: value})
+
+
+# ---- links -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(2, 13))
+def test_rounds_measure_every_pair_once_and_no_node_twice_at_a_time(n):
+    rounds = links.rounds(n)
+    for pairs in rounds:
+        ends = [node for pair in pairs for node in pair]
+        assert len(ends) == len(set(ends))
+    found = [frozenset(pair) for pairs in rounds for pair in pairs]
+    if n <= links.ALL_PAIRS_UP_TO:
+        expected = {frozenset(pair) for pair in itertools.combinations(range(n), 2)}
+        assert len(rounds) == n - 1 + n % 2
+    else:
+        expected = {frozenset((k, (k + 1) % n)) for k in range(n)}
+        assert len(rounds) == 2 + n % 2
+    assert len(found) == len(expected)
+    assert set(found) == expected
+
+
+def test_without_iperf3_plain_tcp_measures_and_says_so():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with links.serving("127.0.0.1", port, by_iperf3=False):
+        row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.5)
+    assert "plain TCP" in row["method"]
+    assert row["reason"] == {}
+    assert row["up"]["bits_per_second"] > 1e7
+    assert row["down"]["bits_per_second"] > 1e7
+    trips = row["latency_s"]
+    assert 0 < trips["min"] <= trips["p50"] <= trips["p90"] <= trips["p99"] <= trips["max"]
+    loopback = interface_towards("127.0.0.1").mtu
+    assert row["mtu"] == min(loopback, 65_535)  # which is all that an IPv4 packet can be
+
+
+def test_plain_tcp_counts_what_arrives(monkeypatch):
+    """The sender sends 40 chunks of 1 MiB, one every 25 ms: 42 MB/s, whatever the machine can do."""
+
+    def slowly(connection, seconds):
+        for _ in range(40):
+            connection.sendall(links.CHUNK)
+            threading.Event().wait(0.025)
+
+    monkeypatch.setattr(links, "_send_for", slowly)
+    a, b = socket.socketpair()
+    sender = threading.Thread(target=lambda: (slowly(a, 1), a.close()))
+    sender.start()
+    rate = links._receive_rate(b, 1.0)
+    sender.join()
+    assert rate < 8 * 40 * len(links.CHUNK)  # less than all of it in one second
+    assert rate > 8 * 20 * len(links.CHUNK) / 2
+
+
+def test_a_link_that_nobody_serves_gives_its_reason():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.5)
+    assert "refused" in row["reason"]["latency"]
+    assert row["up"] is None
+
+
+# ---- advice ----------------------------------------------------------------------------------
+
+
+def candidate(name="eth0"):
+    return Candidate(name, [{"GLOO_SOCKET_IFNAME": name}], "the route leads through it")
+
+
+@pytest.mark.parametrize(
+    ("default", "other", "wins"),
+    [
+        ([1.0], [1.04], False),
+        ([1.0], [1.06], True),
+        ([1.0, 1.2], [1.1, 1.3], False),  # its worst against the defaults' best
+        ([1.0, 1.01], [1.2, 1.1], True),
+        ([], [0.1], True),  # the defaults failed
+        ([1.0], [], False),
+    ],
+)
+def test_a_setting_is_advised_only_when_it_wins(default, other, wins):
+    chosen, reasons = advice.choose([(None, default), (candidate(), other)])
+    assert (chosen is not None) == wins
+    assert bool(reasons) == bool(other)
+    assert all("GLOO_SOCKET_IFNAME=eth0" in reason for reason in reasons)
+
+
+def test_the_better_of_two_settings_is_advised():
+    chosen, reasons = advice.choose(
+        [(None, [1.0]), (candidate("slow0"), [1.2]), (candidate("fast0"), [2.0])]
+    )
+    assert chosen and chosen.name == "fast0"
+    assert "2 times" in reasons[0] or "2.00 times" in reasons[0]
+
+
+def node(host, networks, interface="eth0", **more):
+    """An inventory with interfaces as {name: address with prefix}."""
+    described = [
+        {"name": name, "up": True, "kind": "ethernet", "networks": [text]}
+        for name, text in networks.items()
+    ]
+    return {
+        "host": host,
+        "devices": described,
+        "interface": {"name": interface, "mtu": 1500, "speed_mbit_per_s": 1000},
+        "rdma_ports": [],
+        "gpus": [],
+        "locked_memory_bytes": None,
+        "versions": dict.fromkeys(advice.VERSIONS, "1"),
+        "speed": {
+            "matmul_flops_per_s": 1e12,
+            "host_to_device_gb_per_s": None,
+            "disk_read_gb_per_s": 1.0,
+        },
+        **more,
+    }
+
+
+def test_only_networks_that_all_nodes_share_are_tried():
+    nodes_of = [
+        node("a", {"eth0": "10.0.0.1/24", "eth1": "10.1.0.1/24", "docker0": "172.17.0.1/16"}),
+        node("b", {"ens5": "10.0.0.2/24", "docker0": "172.17.0.1/16"}, interface="ens5"),
+    ]
+    (found,) = advice.candidates("nccl", nodes_of, [])
+    assert found.environments == [
+        {"GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "=eth0"},
+        {"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "=ens5"},
+    ]
+    assert "route" in found.reason
+
+
+def test_socket_threads_are_tried_only_where_streams_gain_and_there_is_no_rdma():
+    pair = [node("a", {"e": "10.0.0.1/24"}), node("b", {"e": "10.0.0.2/24"})]
+
+    def names(gain, nodes_of, backend="nccl"):
+        link = {"up": {"bits_per_second": 1e9}, "up_4_streams": {"bits_per_second": gain * 1e9}}
+        return [c.name for c in advice.candidates(backend, nodes_of, [link])]
+
+    assert "socket threads" in names(1.5, pair)
+    assert "socket threads" not in names(1.1, pair)
+    assert "socket threads" not in names(1.5, pair, "gloo")
+    for each in pair:
+        each["rdma_ports"] = [
+            {"name": "mlx5_0:1", "state": "ACTIVE"},
+            {"name": "mlx5_1:1", "state": "DOWN"},
+        ]
+    assert "socket threads" not in names(1.5, pair)
+    assert "active RDMA ports" in names(1.5, pair)
+    found = advice.candidates("nccl", pair, [])[-1]
+    assert found.environments[0] == {"NCCL_IB_HCA": "=mlx5_0:1"}
+
+
+def test_versions_that_differ_are_errors_or_warnings_by_kind():
+    same = [node(host, {}) for host in "ab"]
+    assert advice.differences(same) == []
+    for what, kind in advice.VERSIONS.items():
+        other = node("b", {})
+        other["versions"][what] = "2"
+        ((found, text),) = advice.differences([node("a", {}), other])
+        assert found == kind
+        assert text == f"nodes differ in {what}: 1 on a; 2 on b"
+
+
+def link(a, b, up, down, rtt=1e-4, **more):
+    return {
+        "from": a,
+        "to": b,
+        "up": {"bits_per_second": up, "retransmits": 0, "time_s": 2},
+        "down": {"bits_per_second": down, "retransmits": 0, "time_s": 2},
+        "latency_s": {"p50": rtt},
+        "reason": {},
+        **more,
+    }
+
+
+def test_a_node_that_stands_out_is_named_and_its_peers_are_not():
+    three = [node(host, {}) for host in "abc"]
+    fast = [link(0, 1, 1e9, 1e9), link(0, 2, 1e9, 1e9), link(1, 2, 1e9, 1e9)]
+    assert advice.slow_nodes(three, fast) == []
+    slow = [link(0, 1, 1e9, 1e9), link(0, 2, 1e9, 2e8), link(1, 2, 1e9, 2e8)]
+    (line,) = advice.slow_nodes(three, slow)
+    assert line.startswith("c is slow: it sends 200Mbit/s, the others 1Gbit/s")
+    far = [link(0, 1, 1e9, 1e9), link(0, 2, 1e9, 1e9, 5e-3), link(1, 2, 1e9, 1e9, 5e-3)]
+    (line,) = advice.slow_nodes(three, far)
+    assert line.startswith("c is far: a round trip takes 5 ms")
+    three[1]["speed"]["matmul_flops_per_s"] = 5e11
+    (line,) = advice.slow_nodes(three, fast)
+    assert line.startswith("b is slow: it multiplies matrices at 500GFLOP/s, the others 1TFLOP/s")
+
+
+def test_loss_and_unkept_promises_are_found():
+    pair = [node(host, {}) for host in "ab"]
+    assert advice.link_findings(pair, [link(0, 1, 9e8, 9e8)]) == []
+    lossy = link(0, 1, 9e8, 9e8)
+    lossy["down"]["retransmits"] = 100
+    (line,) = advice.link_findings(pair, [lossy])
+    assert line.startswith("b to a: 50 segments a second sent again")
+    (line,) = advice.link_findings(pair, [link(0, 1, 9e8, 1e8)])
+    assert "1 of 2 directions" in line
+    assert "b to a 100Mbit/s of eth0's 1Gbit/s" in line
+
+
+# ---- nodes -----------------------------------------------------------------------------------
+
+
+def test_an_inventory_says_what_this_machine_has(tmp_path):
+    found = nodes.inventory(interface_towards("127.0.0.1"), tmp_path)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["cores"] == psutil.cpu_count()
+    assert found["numa_nodes"] == 1
+    assert json.loads(json.dumps(found))["address"] == "127.0.0.1"  # plain JSON
+
+
+def test_the_disk_is_read_whole_and_left_clean(tmp_path):
+    rate = nodes.disk_read(tmp_path, 8 << 20)
+    assert rate is None or rate > 0.001
+    assert list(tmp_path.iterdir()) == []
+    assert nodes.disk_read(tmp_path / "nowhere", 8 << 20) is None

@@ -15,6 +15,7 @@ from snakegpt.counters import peak_memory_bytes
 from snakegpt.distributed import Group
 from snakegpt.model import Shape
 from snakegpt.settings import Training
+from snakegpt.tokens import TokenSet
 from snakegpt.updates import Launch, Updates
 
 WARM_UP = 3  # steps that are not counted: kernels are chosen, memory grows
@@ -49,9 +50,9 @@ def calibrate(
     draws = np.random.default_rng(0)
     dtype = np.uint16 if shape.vocabulary <= 65_536 else np.uint32
     ids = draws.integers(0, shape.vocabulary, rows * shape.context * 4 + 1, dtype=dtype)
-    stream = TokenStream([ids])
+    sets = [TokenSet(1.0, TokenStream([ids]))]
     quiet = dataclasses.replace(launch, probed=False)
-    updates = Updates(shape, short, stream, stream, quiet, group, end_of_text=0)
+    updates = Updates(shape, short, sets, sets, quiet, group, end_of_text=0)
     updates.start(0)
     seconds: list[float] = []
     started = time.monotonic()

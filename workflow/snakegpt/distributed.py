@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -320,9 +321,10 @@ def _die_with(parent: int) -> None:
 
 
 def network_environment(network: Mapping[str, Any]) -> dict[str, str]:
-    """The launch variables that bench_network recommends, as far as they are about the network."""
+    """The launch variables that bench_network recommends here, as far as they are about the network."""
     prefixes = ("GLOO_", "NCCL_", "TORCH_NCCL_")
-    found = network.get("environment") or {}
+    by_host = network.get("environment_by_host") or {}
+    found = {**(network.get("environment") or {}), **by_host.get(socket.gethostname(), {})}
     return {name: str(value) for name, value in found.items() if name.startswith(prefixes)}
 
 

@@ -9,6 +9,7 @@ store's are one. Every path is relative to the working directory.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import platform
 import re
@@ -61,6 +62,7 @@ TARGETS = {
     "report": "results/reports/{experiment}/report.html",
 }
 
+MACHINE = "SNAKEGPT_MACHINE"  # environment variable: what `machine` says, for the jobs of a cluster
 UNLOCKED_PART = "000000"  # stands in the plan for the parts of a corpus that is not locked yet
 
 
@@ -278,11 +280,13 @@ class Pipeline:
 
     def _bench_network(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
+        # A measurement of this machine, so the machine is what identifies it; and of nodes like it, so
+        # their number does too.
+        several = {"nodes": chosen.execution.nodes} if chosen.execution.nodes > 1 else {}
         return self._experiment_request(
             "bench_network",
             experiment,
-            # A measurement of this machine, so the machine is what identifies it.
-            settings={"model": science(chosen.model), "machine": machine()},
+            settings={"model": science(chosen.model), "machine": machine(), **several},
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
             execution={"batch_tokens": chosen.training.batch_tokens},
         )
@@ -465,7 +469,14 @@ def usable_threads() -> int:
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """What a measurement of this machine depends on: host, processor, cores, memory, GPUs."""
+    """What a measurement of this machine depends on: host, processor, cores, memory, GPUs.
+
+    In a job of a cluster, what it was for the machine that Snakemake was started on, or another node
+    would ask for measurements of its own.
+    """
+    if MACHINE in os.environ:
+        told: dict[str, Any] = json.loads(os.environ[MACHINE])
+        return told
     gpus = Path("/proc/driver/nvidia/gpus")
     return {
         "host": socket.gethostname(),

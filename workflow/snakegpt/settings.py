@@ -461,6 +461,10 @@ class Execution(Closed):
     """Device to train, evaluate and sample on; auto: cuda if there is one, then mps, then cpu."""
     ranks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Training processes; auto: one a GPU, on CPU as many as threads and rows of a batch allow."""
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """Machines that train together, by Slurm or by hand; a step's rows are shared by all their ranks."""
+    ranks_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Training processes of each of several nodes (`ranks` is of one machine); auto: as there."""
     rows_per_rank: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Micro-batch of one rank, sequences; the rest of a step is gradient accumulation."""
     attention: Literal["auto", "sdpa", "math", "flex"] = "auto"
@@ -503,6 +507,10 @@ class Execution(Closed):
     """Times that ranks are started again after one has died, unless they have saved a newer state since: then as often again."""
     network_environment: bool = True
     """Let training use the launch environment that bench_network recommends."""
+    network_test_s: Annotated[float, Field(ge=0.5, le=60)] = 2.0
+    """Seconds that bench_network measures each throughput of each link for."""
+    network_udp_mbit: Annotated[float, Field(gt=0)] | None = None
+    """Mbit/s of datagrams that bench_network also sends over each link, to see loss and jitter; null: none."""
 
 
 class Block(Closed):

@@ -389,7 +389,32 @@ def _network(evidence: Evidence) -> dict[str, Any]:
     reasons = [
         f"{what} was not measured: {why}." for what, why in (found.get("reason") or {}).items()
     ]
-    return {"rows": found["all_reduce"], "text": text, "advice": [*found["advice"], *reasons]}
+    hosts = [node["host"] for node in found.get("nodes") or ()]
+    return {
+        "rows": found["all_reduce"],
+        "text": text,
+        "links": [_link(link, hosts) for link in found.get("links") or ()],
+        "nodes": [node for node in found.get("nodes") or () if node.get("speed")],
+        "warnings": found.get("warnings") or [],
+        "advice": [*found["advice"], *reasons],
+    }
+
+
+def _link(link: Mapping[str, Any], hosts: list[str]) -> dict[str, Any]:
+    """A row of the table of links; None where a figure is missing."""
+    rates = {
+        name: (link.get(key) or {}).get("bits_per_second")
+        for name, key in (("up", "up"), ("down", "down"), ("several", "up_4_streams"))
+    }
+    trips = link.get("latency_s") or {}
+    ends = {"from": hosts[link["from"]], "to": hosts[link["to"]]}
+    return {
+        **ends,
+        **rates,
+        "p50": trips.get("p50"),
+        "p99": trips.get("p99"),
+        "mtu": link.get("mtu"),
+    }
 
 
 def _commands(evidence: Evidence) -> str:

@@ -16,7 +16,6 @@ Given the --weights, --config and --optimizer of a finished run, and more steps,
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from snakegpt import distributed
+from snakegpt import distributed, launching
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.continuation import finished
 from snakegpt.errors import UserError, reports_errors
@@ -41,6 +40,7 @@ from snakegpt.training_state import newest_step
 from snakegpt.updates import Launch
 from snakegpt.watchdog import Watchdog
 
+MODULE = "snakegpt.stages.train_model"
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
 REVISION = 2
 SCIENCE = (
@@ -81,6 +81,12 @@ def train_model(
     if rows * model.context != training.batch_tokens:
         raise UserError("training.batch_tokens must be a multiple of model.context.")
     device = distributed.choose_device(execution.device)
+    place = launching.place_of(os.environ)
+    if execution.nodes > 1 and place is None and not distributed.is_rank():
+        shared = state / "ranks"
+        nodes = execution.nodes
+        launching.on_every_node(MODULE, arguments, nodes=nodes, threads=threads, shared=shared)
+        return
     shares = rows  # what ranks can be given
     if execution.deterministic:
         micro_rows = in_one_order(execution, rows)
@@ -88,8 +94,9 @@ def train_model(
         execution = execution.model_copy(update={"rows_per_rank": micro_rows, "strategy": "ddp"})
     ranks = distributed.world_size()
     if ranks is None:
-        ranks = distributed.choose_ranks(
-            execution.ranks, device=device, rows=shares, threads=threads
+        nodes = place.nodes if place else 1
+        ranks = nodes * launching.choose_ranks_per_node(
+            execution, nodes=nodes, device=device, rows=shares, threads=threads
         )
     distributed.require_divisor(ranks, shares)
     train, validation = (open_sets(tokens, manifest, split) for split in ("train", "val"))
@@ -112,12 +119,23 @@ def train_model(
         )
     if ranks > 1 and not distributed.is_rank():
         environment = {}
-        if network and network.exists() and execution.network_environment:
-            measured = json.loads(network.read_text(encoding="utf-8"))
-            environment = distributed.network_environment(measured)
-        module = "snakegpt.stages.train_model"
+        if execution.network_environment:
+            environment = launching.advised_environment(network, nodes, label=label)
+        if place:
+            launching.run_ranks(
+                MODULE,
+                arguments,
+                place,
+                ranks=ranks // nodes,
+                threads=threads,
+                environment=environment,
+                logs=state / "ranks" / f"node{place.node}",
+                share_outcome=True,
+                stop_timeout_s=execution.stop_timeout_s,
+            ).raise_for_status()
+            return
         distributed.launch(
-            module,
+            MODULE,
             arguments,
             ranks=ranks,
             threads=threads,

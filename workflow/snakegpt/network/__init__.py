@@ -1,0 +1,1 @@
+"""What the wire between nodes and the nodes themselves do for training, and the settings that follow."""
