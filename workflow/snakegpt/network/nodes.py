@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import torch
 
+from snakegpt.hardware import measure_matmul
 from snakegpt.network.interfaces import Interface, devices, rdma_ports
-from snakegpt.planning import measure_matmul
 
 COPY_BYTES = 256 << 20
 DISK_BYTES = 128 << 20
