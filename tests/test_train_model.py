@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 from snakegpt.huggingface_format import load_model
 from snakegpt.stages import train_model
+from snakegpt.training_state import newest_step
 from train_fixtures import (
     ENVIRONMENT,
     SETTINGS,
@@ -28,7 +31,7 @@ from train_fixtures import (
 )
 from transformers import AutoModelForCausalLM
 
-LONG = changed(steps=200, validation_interval=50)
+LONG = changed(steps=80, validation_interval=30)
 EVERY_STEP = {"save_interval_s": 1e-6}
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -44,7 +47,7 @@ def start(manifest: Path, out: Path, state: Path, **execution) -> subprocess.Pop
 
 
 def steps_saved(state: Path) -> int:
-    return max((int(note.stem[6:]) for note in state.glob("state_*.json")), default=0)
+    return newest_step(state)
 
 
 def wait_for_step(step: int, state: Path, process: subprocess.Popen[str]) -> None:
@@ -75,6 +78,7 @@ def test_what_it_leaves_loads_in_transformers_and_here(manifest, tmp_path):
     done = train(manifest, out, ranks=1)
     assert done.returncode == 0, done.stderr
     names = {"weights.safetensors", "best.safetensors", "config.json", "metrics.jsonl"}
+    names |= {"optimizer.safetensors"}
     assert {path.name for path in out.iterdir()} == names
     config = json.loads((out / "config.json").read_text())
     assert config["vocab_size"] == 12  # 11 ids, padded to a multiple of 4
@@ -125,13 +129,13 @@ def test_killed_stopped_and_resumed_is_undisturbed(manifest, tmp_path):
     assert train(manifest, whole, LONG, ranks=1).returncode == 0
     out, state = tmp_path / "out", tmp_path / "state"
     first = start(manifest, out, state, ranks=1)
-    wait_for_step(10, state, first)
+    wait_for_step(5, state, first)
     first.kill()
     assert ended(first)[0] == -signal.SIGKILL
 
     at = steps_saved(state)
     second = start(manifest, out, state, ranks=1)
-    wait_for_step(at + 10, state, second)
+    wait_for_step(at + 5, state, second)
     second.terminate()
     status, said = ended(second)
     assert status == 75
@@ -148,12 +152,29 @@ def test_killed_stopped_and_resumed_is_undisturbed(manifest, tmp_path):
 
 
 @linux
+def test_a_rank_that_dies_is_replaced_and_the_run_ends_undisturbed(manifest, tmp_path):
+    whole, out, state = (tmp_path / name for name in ("whole", "out", "state"))
+    assert train(manifest, whole, LONG, ranks=2).returncode == 0
+    agent = start(manifest, out, state, ranks=2)
+    wait_for_step(5, state, agent)
+    os.kill(children(agent.pid)[1], signal.SIGKILL)
+    status, said = ended(agent)
+    assert status == 0, said
+    assert said.index("a rank was killed by SIGKILL") < said.index("starts again")
+    assert said.count("resumes at step") == 1
+    assert "Traceback" not in said
+    for name in ("weights.safetensors", "best.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@linux
+@pytest.mark.long
 def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp_path):
     whole = tmp_path / "whole"
     assert train(manifest, whole, LONG, ranks=2).returncode == 0
     out, state = tmp_path / "out", tmp_path / "state"
     agent = start(manifest, out, state, ranks=2)  # the whole run dies ...
-    wait_for_step(10, state, agent)
+    wait_for_step(5, state, agent)
     ranks = children(agent.pid)
     assert len(ranks) == 2
     agent.kill()
@@ -164,25 +185,70 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
         time.sleep(0.01)
 
     at = steps_saved(state)
-    agent = start(manifest, out, state, ranks=2)  # one rank dies
-    wait_for_step(at + 10, state, agent)
+    agent = start(manifest, out, state, ranks=2, restarts=0)  # one rank dies
+    wait_for_step(at + 5, state, agent)
     os.kill(children(agent.pid)[1], signal.SIGKILL)
     status, said = ended(agent)
     assert status == 1
     assert "a rank was killed by SIGKILL" in said
     assert "Traceback" not in said
 
-    at = steps_saved(state)
-    agent = start(manifest, out, state, ranks=2)  # a cluster asks it to stop
-    wait_for_step(at + 10, state, agent)
-    agent.send_signal(signal.SIGUSR1)
-    status, said = ended(agent)
-    assert status == 75
-    assert said.splitlines()[-1].startswith("interrupted: train_model saved its state at step")
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):  # a cluster asks it to stop
+        at = steps_saved(state)
+        agent = start(manifest, out, state, ranks=2)
+        wait_for_step(at + 5, state, agent)
+        agent.send_signal(number)
+        status, said = ended(agent)
+        assert status == 75
+        assert said.splitlines()[-1].startswith("interrupted: train_model saved its state at step")
 
     assert ended(start(manifest, out, state, ranks=2))[0] == 0
     for name in ("weights.safetensors", "best.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.long
+def test_killed_at_twenty_random_times_it_ends_bit_for_bit_undisturbed(manifest, tmp_path):
+    """Also while it starts, loads, and writes a state: it saves as often as it can."""
+    settings = changed(steps=1500, validation_interval=100)
+    whole, out, state = (tmp_path / name for name in ("whole", "out", "state"))
+    begin = time.monotonic()
+    assert train(manifest, whole, settings, ranks=1).returncode == 0
+    whole_s = time.monotonic() - begin
+    draw = np.random.default_rng(20)
+    reached: list[int] = []
+    while len(reached) < 20:
+        command = train_command(manifest, out, settings, {**EVERY_STEP, "ranks": 1}, state)
+        one = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            one.wait(draw.uniform(0.1, whole_s))
+            break  # it ended before the kill
+        one.kill()
+        _, said = one.communicate()
+        reached.append(steps_saved(state))
+        assert "damaged" not in said
+    assert len(reached) == 20, reached
+    assert len(set(reached)) > 5
+    last = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert ended(last)[0] == 0
+    for name in ("weights.safetensors", "best.safetensors", "optimizer.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    losses = [[line["loss"] for line in metrics(o, "train")] for o in (whole, out)]
+    assert losses[0] == losses[1]
+
+
+@linux
+def test_a_rank_that_hangs_ends_the_run_and_shows_where_the_others_stand(manifest, tmp_path):
+    state = tmp_path / "state"
+    short = {"hang_timeout_s": 12, "stop_timeout_s": 2, "restarts": 0}
+    agent = start(manifest, tmp_path / "out", state, ranks=2, **short)
+    wait_for_step(5, state, agent)
+    os.kill(children(agent.pid)[1], signal.SIGSTOP)
+    status, said = ended(agent)
+    assert status == 1
+    assert "error: rank 0: no progress for" in said
+    assert re.search(r'File ".*updates.py", line \d+ in ', said)
+    assert said.rstrip().endswith("the same command resumes from the last saved state")
 
 
 def test_a_mistake_found_by_the_ranks_is_said_once(manifest, tmp_path):
@@ -226,6 +292,20 @@ def with_model(**model):
         (with_model(hedas=2), {}, "unknown setting model.hedas. Nearest valid name: heads."),
         (changed(precision="float8"), {}, "training.precision"),
         (SETTINGS, {"ranks": 5}, "execution.ranks = 5 does not divide the 8 rows"),
+        (SETTINGS, {"ranks": 16}, "execution.ranks = 16 does not divide the 8 rows"),
+        (SETTINGS, {"device": "tpu"}, "execution.device: Input should be 'auto', 'cpu', 'cuda'"),
+        (SETTINGS, {"strategy": "zero3"}, "execution.strategy"),
+        (
+            SETTINGS,
+            {"deterministic": True, "strategy": "fsdp"},
+            "execution.deterministic goes with strategy ddp alone, not with fsdp",
+        ),
+        (SETTINGS, {"deterministic": True, "rows_per_rank": 3}, "does not divide the 8 rows"),
+        (
+            SETTINGS,
+            {"deterministic": True, "rows_per_rank": 4, "ranks": 4},
+            "execution.ranks = 4 does not divide the 2",
+        ),
         (SETTINGS, {"ranks": 1, "attention": "flex"}, "training.document_masking on cuda"),
         (SETTINGS, {"ranks": 1, "rows_per_rank": 3}, "execution.rows_per_rank = 3"),
     ],
@@ -239,6 +319,23 @@ def test_settings_that_do_not_fit_are_refused(
 def test_cuda_asked_for_where_there_is_none_is_refused(manifest, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert "available: " in refusal(capsys, manifest, tmp_path, device="cuda")
+
+
+def test_more_ranks_than_windows_are_refused(tmp_path, capsys):
+    few = tokens(tmp_path / "few", n_train=30)
+    said = refusal(capsys, few, tmp_path, ranks=4)
+    assert "4 ranks would share 3 windows of 8 tokens" in said
+    assert "set execution.ranks to at most 3" in said
+
+
+def test_a_state_of_another_run_is_refused(manifest, tmp_path, capsys):
+    command = train_command(manifest, tmp_path / "out", SETTINGS, {}, tmp_path / "state")
+    train_model.main(command[3:])
+    other = changed(learning_rate=0.02)
+    command = train_command(manifest, tmp_path / "out", other, {}, tmp_path / "state")
+    with pytest.raises(SystemExit):
+        train_model.main(command[3:])
+    assert "of another run: training.learning_rate 0.01, here 0.02." in capsys.readouterr().err
 
 
 def test_a_validation_split_without_a_target_is_refused(tmp_path, capsys):

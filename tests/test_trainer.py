@@ -6,39 +6,18 @@ import math
 
 import pytest
 import torch
+from ranks_at_work import SHAPE
+from ranks_at_work import trainer as one_rank
 from snakegpt.batches import TrainingBatches
-from snakegpt.distributed import Group
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.model import GPT, Pass, Shape, initialise
-from snakegpt.settings import Training
 from snakegpt.tokens import open_split, read_manifest
-from snakegpt.trainer import Launch, Trainer
-from train_fixtures import SETTINGS, changed, metrics, tokens, train
-
-SHAPE = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, bias=False)
-
-
-def recipe(**training) -> Training:
-    return Training(**{**SETTINGS["training"], **training})
+from snakegpt.trainer import Trainer
+from train_fixtures import changed, metrics, tokens, train
 
 
 def trainer(folder, manifest, shape=SHAPE, micro_rows=8, **training) -> Trainer:
-    launch = Launch(
-        label="test",
-        device="cpu",
-        dtype=torch.float32,
-        kernel="sdpa",
-        loss="plain",
-        compiled=False,
-        micro_rows=micro_rows,
-        threads=1,
-        log_interval_s=100,
-        save_interval_s=100,
-    )
-    content = read_manifest(manifest)
-    splits = [open_split(manifest, content, split) for split in ("train", "val")]
-    fingerprint = content["tokenizer"]["fingerprint"]
-    return Trainer(shape, recipe(**training), *splits, launch, Group(), folder, fingerprint)
+    return one_rank(folder, manifest, shape=shape, launch={"micro_rows": micro_rows}, **training)
 
 
 @pytest.fixture
@@ -78,7 +57,7 @@ def test_the_loop_is_the_plain_algorithm(manifest, tmp_path):
     assert losses[0] == pytest.approx(math.log(12), abs=0.1)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
-            ours.model.state_dict()[name], parameter.data, atol=1e-5, rtol=1e-4
+            ours.updates.model.state_dict()[name], parameter.data, atol=1e-5, rtol=1e-4
         )
 
 
@@ -98,32 +77,37 @@ def test_the_validation_loss_is_the_mean_over_every_target(manifest, tmp_path):
     with torch.no_grad():
         for start in range(0, 299, 8):
             window = torch.tensor(ids[start : start + 9]).unsqueeze(0)
-            losses.append(ours.model(window[:, :-1], window[:, 1:]).flatten())
-    assert ours.validate() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
+            losses.append(ours.updates.model(window[:, :-1], window[:, 1:]).flatten())
+    assert ours.updates.validate() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-6)
 
 
 def test_dropout_is_off_in_validation_and_a_function_of_the_step(manifest, tmp_path):
     shape = Shape(vocabulary=12, layers=2, heads=2, channels=16, context=8, dropout=0.5)
     one = trainer(tmp_path / "a", manifest, shape)
-    assert one.validate() == one.validate()
-    first, _ = one._update()
+    assert one.updates.validate() == one.updates.validate()
+    one.updates.start(0)
+    one.updates.update(0, 0)
     again = trainer(tmp_path / "b", manifest, shape)
     torch.rand(7)  # other draws before it
-    assert again._update()[0] == first
+    again.updates.start(0)
+    again.updates.update(0, 0)
+    assert again.updates.mean_loss() == one.updates.mean_loss()
 
 
 def test_masked_documents_change_training_and_not_validation(manifest, tmp_path, monkeypatch):
     plain, masked = (
-        trainer(tmp_path / str(on), manifest, document_masking=on) for on in (False, True)
+        trainer(tmp_path / str(on), manifest, document_masking=on).updates for on in (False, True)
     )
     assert plain.validate() == masked.validate()
     [(ids, targets)] = masked.batches.micro_batches(0, 8, 0, 1)
     ids[:, 3] = 0  # the end-of-text id: documents of 3 and of 5 tokens
-    masked.micro_batches, plain.micro_batches = iter([(ids, targets)]), iter([(ids, targets)])
+    masked._micro_batches, plain._micro_batches = iter([(ids, targets)]), iter([(ids, targets)])
     alone = torch.cat([masked.model(ids[:, :3]), plain_from(masked.model, ids, 3)], dim=1)
     wanted = torch.nn.functional.cross_entropy(alone.flatten(0, 1), targets.flatten())
-    assert float(masked._update()[0]) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    assert float(plain._update()[0]) != pytest.approx(float(wanted.detach()), rel=1e-5)
+    masked.update(0, 0)
+    assert float(masked.mean_loss()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    plain.update(0, 0)
+    assert float(plain.mean_loss()) != pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
 def plain_from(model: GPT, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -143,7 +127,7 @@ def test_stopped_and_resumed_is_undisturbed(manifest, tmp_path, monkeypatch, opt
     expected = (tmp_path / "out" / "weights.safetensors").read_bytes()
 
     broken = trainer(tmp_path / "broken", manifest, optimizer=optimizer)
-    monkeypatch.setattr(broken, "_any_rank", lambda came: broken.step == 7)
+    monkeypatch.setattr(broken, "_agreed", lambda came, due: (broken.step == 7, due))
     with pytest.raises(Interrupted, match="step 7"):
         broken.run(tmp_path / "out")
     (tmp_path / "again").mkdir()
@@ -152,7 +136,7 @@ def test_stopped_and_resumed_is_undisturbed(manifest, tmp_path, monkeypatch, opt
     for event in ("train", "validation"):
         clean = [
             [
-                {k: v for k, v in line.items() if not k.endswith("_s")}
+                {k: v for k, v in line.items() if not k.endswith(("_s", "_share"))}
                 for line in metrics(tmp_path / o, event)
             ]
             for o in ("out", "again")
@@ -167,11 +151,11 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(manifest, tmp_path
     losses = iter([2.0, 1.0, 1.5])
     at_step = {}
 
-    def validate():
-        at_step[ours.step] = {k: v.clone() for k, v in ours.model.state_dict().items()}
+    def validate(beat):
+        at_step[ours.step] = {k: v.clone() for k, v in ours.updates.model.state_dict().items()}
         return next(losses)
 
-    monkeypatch.setattr(ours, "validate", validate)
+    monkeypatch.setattr(ours.updates, "validate", validate)
     ours.run(out)
     from safetensors.torch import load_file
 

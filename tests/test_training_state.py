@@ -2,61 +2,172 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
 from collections import namedtuple
 
 import pytest
 import torch
+from snakegpt.distributed import Group
+from snakegpt.durable import write_atomically
 from snakegpt.errors import UserError
-from snakegpt.training_state import Metrics, StateFolder, write_atomically
+from snakegpt.training_state import Metrics, StateFolder, newest_step
+
+RUN = {"model": {"layers": 2}, "training": {"steps": 100, "seed": 1}}
 
 
-def state(step: int, best: int = 0) -> dict:
-    return {"step": step, "best_step": best, "model": {"w": torch.full((3,), float(step))}}
+def states(folder, run=RUN, kept=2) -> StateFolder:
+    return StateFolder(folder, "train_model x", Group(), run, kept=kept)
+
+
+def save(folder: StateFolder, step: int, best: int = 0, *, good: bool = False) -> None:
+    tensors = {"model.w": torch.full((300,), float(step)), "count": torch.tensor(step)}
+    folder.save(tensors, {"step": step, "best_step": best, "good": good})
+    folder.wait()
+
+
+def loaded(folder: StateFolder) -> float | None:
+    saved = folder.newest()
+    if saved is None:
+        return None
+    room = {"model.w": torch.zeros(300)}
+    folder.load(saved, room)
+    assert room["model.w"].unique().numel() == 1
+    assert saved.sizes() == {"model.w": torch.Size([300]), "count": torch.Size([])}
+    return room["model.w"][0].item()
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_the_newest_state_comes_back(tmp_path):
-    folder = StateFolder(tmp_path, "x")
-    assert folder.load() is None
+    folder = states(tmp_path)
+    assert loaded(folder) is None
     for step in (1, 2, 30):
-        folder.save(step, state(step))
-    assert folder.load()["model"]["w"].tolist() == [30.0] * 3
+        save(folder, step)
+    assert loaded(folder) == 30.0
+    assert newest_step(tmp_path) == 30
+    whole = folder.newest().whole()
+    assert whole["count"] == 30 and torch.equal(whole["model.w"], torch.full((300,), 30.0))
 
 
-def test_the_last_two_are_kept_with_their_best_weights(tmp_path):
-    folder = StateFolder(tmp_path, "x")
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_as_many_as_asked_for_are_kept_with_their_best_weights(tmp_path, kept):
+    folder = states(tmp_path, kept=kept)
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 4)):
         folder.best_weights(best).write_text("weights")
-        folder.save(step, state(step, best))
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [
-        "best_000000002.safetensors",
-        "best_000000004.safetensors",
-        *(f"state_00000000{step}.{end}" for step in (3, 4) for end in ("json", "pt")),
+        save(folder, step, best)
+    left = range(5 - kept, 5)
+    best = sorted({{1: 1, 2: 2, 3: 2, 4: 4}[step] for step in left})
+    assert names(tmp_path) == [
+        *(f"best_{step:09d}.safetensors" for step in best),
+        *(f"state_{step:09d}" for step in left),
     ]
 
 
-@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "no note", "half a note", "gone"])
+def test_one_to_go_back_to_stays_until_there_is_a_newer_one(tmp_path):
+    folder = states(tmp_path)
+    for step in range(1, 8):
+        save(folder, step, good=step in (1, 2))
+    assert names(tmp_path) == [f"state_{step:09d}" for step in (2, 6, 7)]
+    good = folder.newest_good()
+    assert good.step == 2
+    folder.go_back(good, skipped_batches=5)
+    assert names(tmp_path) == ["state_000000002"]
+    assert folder.newest().note["skipped_batches"] == 5
+    assert loaded(folder) == 2.0
+
+
+def test_best_weights_of_a_state_that_is_still_to_come_stay(tmp_path):
+    folder = states(tmp_path)
+    folder.best_weights(5).write_text("written while the state of step 4 is")
+    save(folder, 4)
+    assert folder.best_weights(5).exists()
+
+
+@pytest.mark.parametrize(
+    "damage", ["flipped byte", "truncated", "index", "no note", "half a note", "gone"]
+)
 def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path, capsys, damage):
-    folder = StateFolder(tmp_path, "train_model x")
+    folder = states(tmp_path)
     for step in (1, 2):
-        folder.save(step, state(step))
-    file, note = tmp_path / "state_000000002.pt", tmp_path / "state_000000002.json"
+        save(folder, step)
+    newest = tmp_path / "state_000000002"
+    file, note = newest / "__0_0.distcp", newest / "note.json"
     if damage == "flipped byte":
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "index":
+        (newest / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")  # a pickle that runs code
     elif damage == "no note":
         note.unlink()
     elif damage == "half a note":
         note.write_text(note.read_text()[:9])
     else:
         file.unlink()
-    assert folder.load()["step"] == 1
-    if damage != "no note":
-        assert "state_000000002.pt is damaged" in capsys.readouterr().err
+    assert loaded(states(tmp_path)) == 1.0
+    said = capsys.readouterr().err
+    assert "train_model x  state_000000002 is damaged (" in said
+    folder.drop_after(1)
+    assert names(tmp_path) == ["state_000000001"]
+
+
+def test_what_was_being_written_when_the_run_was_killed_is_not_taken_for_a_state(tmp_path):
+    save(states(tmp_path), 1)
+    (tmp_path / ".state_000000002").mkdir()
+    (tmp_path / ".state_000000002" / "__0_0.distcp").write_bytes(b"half")
+    assert loaded(states(tmp_path)) == 1.0
+    assert names(tmp_path) == ["state_000000001"]
+
+
+def test_a_state_of_another_run_is_refused_with_what_differs(tmp_path):
+    save(states(tmp_path), 1)
+    other = {"model": {"layers": 3}, "training": {"steps": 100, "seed": 1, "momentum": 0.5}}
+    with pytest.raises(UserError) as refusal:
+        states(tmp_path, other).newest()
+    assert "model.layers 2, here 3; training.momentum None, here 0.5." in str(refusal.value)
+
+
+def test_training_goes_on_while_a_state_is_written_and_changes_it_no_more(tmp_path, monkeypatch):
+    folder = states(tmp_path)
+    weights = torch.ones(300)
+    may_write = threading.Event()
+    write = folder._write
+
+    def waits(tensors, note):
+        assert may_write.wait(20)
+        write(tensors, note)
+
+    monkeypatch.setattr(folder, "_write", waits)
+    folder.save({"model.w": weights, "count": torch.tensor(1)}, {"step": 1, "best_step": 0})
+    weights += 1  # the next update, before anything is on the disk
+    assert names(tmp_path) == []
+    may_write.set()
+    assert loaded(folder) == 1.0
+
+
+def test_what_goes_wrong_while_writing_is_raised_by_the_next_save(tmp_path, monkeypatch):
+    folder = states(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "_prune", full)
+    folder.save({"w": torch.ones(1)}, {"step": 1, "best_step": 0})
+    with pytest.raises(OSError, match="No space left"):
+        folder.save({"w": torch.ones(1)}, {"step": 2, "best_step": 0})
+
+
+def test_the_note_says_what_the_files_hold(tmp_path):
+    save(states(tmp_path), 7, 3)
+    note = json.loads((tmp_path / "state_000000007" / "note.json").read_text())
+    assert (note["step"], note["best_step"], note["run"]) == (7, 3, RUN)
+    assert set(note["files"]) == {"__0_0.distcp", ".metadata"}
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -76,9 +187,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
 def test_too_little_disk_is_an_error_before_training(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match=r"keeps up to 48MB of states(.|\n)*1kB are free"):
-        StateFolder(tmp_path, "x").require_space(1_000_000)  # 3 states x 4 copies x 4 bytes
-    StateFolder(tmp_path, "x").require_space(10)
+    with pytest.raises(UserError, match=r"keeps up to 64MB of states(.|\n)*1kB are free"):
+        states(tmp_path).require_space(1_000_000)  # 4 states x 4 copies x 4 bytes
+    states(tmp_path).require_space(10)
 
 
 def test_metrics_forget_what_came_after_the_resumed_step(tmp_path):

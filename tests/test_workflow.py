@@ -148,6 +148,7 @@ def test_results_stand_where_the_design_says(project):
         "models/tiny/best.safetensors",
         "models/tiny/config.json",
         "models/tiny/metrics.jsonl",
+        "models/tiny/optimizer.safetensors",
         "evaluations/tiny/evaluation.json",
         "samples/tiny/samples.jsonl",
         "reports/tiny/report.html",
@@ -174,6 +175,7 @@ def test_a_second_run_does_nothing(project):
     [
         ("execution.log_interval_s", 1),
         ("execution.save_interval_s", 7),
+        ("execution.profile_step", 3),
         ("execution.download_workers", 2),
         ("execution.device", "cpu"),
         ("execution.ranks", 1),

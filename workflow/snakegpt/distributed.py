@@ -12,28 +12,32 @@ import ctypes
 import datetime
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from snakegpt.errors import RETRY, USER_ERROR, Interrupted, UserError
+from snakegpt.progress import say
+
+Strategy = Literal["ddp", "zero1", "fsdp"]
 
 MAX_CPU_RANKS = 8
 CPU_MICRO_BATCH_BYTES = 500_000_000  # beyond it nothing gets faster, and laptops have other work
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAVE_TIMEOUT_S = 120  # between the signal that asks ranks to save and leave, and SIGKILL
+SAVE_TIMEOUT_S = 120.0  # between the signal that asks ranks to save and leave, and SIGKILL
 # A rank that dies closes its connections, which the others see at once; this is for one that hangs.
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=300)
+COLLECTIVE_TIMEOUT_S = 300.0
 STOPPED_EARLY = "stopped before the first step; the same command starts again"
 OUTCOME = "SNAKEGPT_OUTCOME"
 AGENT = "SNAKEGPT_AGENT_PID"
@@ -70,12 +74,7 @@ def choose_ranks(wanted: int | str, *, device: str, rows: int, threads: int) -> 
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     if wanted != "auto":
         ranks = int(wanted)
-        if rows % ranks:
-            raise UserError(
-                f"execution.ranks = {ranks} does not divide the {rows:,} rows of a step"
-                f" (training.batch_tokens / model.context).\n"
-                f"  nearest that fit: {_divisors_around(ranks, rows)}; or set it to auto"
-            )
+        require_divisor(ranks, rows)
         if gpus and ranks > gpus:
             raise UserError(f"execution.ranks = {ranks}, but this machine has {gpus} CUDA devices.")
         return ranks
@@ -83,8 +82,33 @@ def choose_ranks(wanted: int | str, *, device: str, rows: int, threads: int) -> 
     return max(r for r in range(1, max(most, 1) + 1) if rows % r == 0)
 
 
+def require_divisor(ranks: int, rows: int) -> None:
+    """UserError unless the rows of a step can be shared out evenly."""
+    if rows % ranks:
+        raise UserError(
+            f"execution.ranks = {ranks} does not divide the {rows:,} rows of a step"
+            f" (training.batch_tokens / model.context).\n"
+            f"  nearest that fit: {_divisors_around(ranks, rows)}; or set it to auto"
+        )
+
+
+def choose_strategy(wanted: str, *, device: str, ranks: int, n_parameters: int) -> Strategy:
+    """What ranks share, for a setting that may also say auto: as little as fits, which is the fastest.
+
+    With AdamW a parameter takes 16 bytes (itself, its gradient, two moments, float32) in ddp; zero1
+    shares out 8 of them. Half of a GPU is left to activations.
+    """
+    if wanted in get_args(Strategy):
+        return cast(Strategy, wanted)
+    if device != "cuda" or ranks == 1:
+        return "ddp"
+    room = torch.cuda.mem_get_info()[1] / 2
+    needed = {"ddp": 16 * n_parameters, "zero1": (8 + 8 / ranks) * n_parameters}
+    return next((cast(Strategy, name) for name, size in needed.items() if size <= room), "fsdp")
+
+
 def choose_precision(wanted: str, device: str) -> torch.dtype:
-    """float32 or bfloat16 for a setting that may also say auto: bfloat16 where it is computed natively.
+    """A type for a setting that may also say auto: bfloat16 where it is computed natively, or float32.
 
     On a CPU without bfloat16 instructions it is emulated, slower than float32; with them it is twice as
     fast, and costs nothing in loss (tiny Shakespeare: 1.905 against 1.906 nats).
@@ -97,7 +121,12 @@ def choose_precision(wanted: str, device: str) -> torch.dtype:
             ),
         }.get(device, lambda: False)()
         return torch.bfloat16 if native else torch.float32
-    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    named: dict[str, torch.dtype] = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    return named[wanted]
 
 
 def choose_micro_rows(
@@ -137,11 +166,12 @@ def _divisors_around(wanted: int, number: int) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks of a run as one of them sees it."""
+    """The ranks of a run as one of them sees it; local ones are on this machine."""
 
     rank: int = 0
     ranks: int = 1
     local_rank: int = 0
+    local_ranks: int = 1
 
     @property
     def leads(self) -> bool:
@@ -154,15 +184,29 @@ class Group:
             dist.all_reduce(values)
         return values
 
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        values = torch.tensor(value)
+        if self.ranks > 1:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return int(values)
+
 
 def is_rank() -> bool:
     """Whether torchrun (ours or the user's) started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def world_size() -> int | None:
+    """Ranks on all machines together, in a process that torchrun started."""
+    return int(os.environ["WORLD_SIZE"]) if is_rank() else None
+
+
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[Group]:
+def joined(device: str, timeout_s: float | None = COLLECTIVE_TIMEOUT_S) -> Iterator[Group]:
     """The group of this process: formed from torchrun's environment, or of one rank without it.
+
+    timeout_s  how long a rank waits for another in an exchange; None: a week
 
     CPU tensors go through gloo also where gradients go through NCCL, so that the ranks can agree on
     something without waiting for their GPUs.
@@ -170,13 +214,13 @@ def joined(device: str) -> Iterator[Group]:
     if not is_rank():
         yield Group()
         return
-    group = Group(
-        *(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")),
-    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    group = Group(*(int(os.environ[name]) for name in names))
     if device == "cuda":
         torch.cuda.set_device(group.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    timeout = datetime.timedelta(days=7) if not timeout_s else datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, timeout=timeout)
     try:
         yield group
     finally:
@@ -209,14 +253,22 @@ class StopRequest:
         self.came = True
 
 
+class StartAgain(Interrupted):
+    """A rank knows what to do otherwise in a new attempt, and wants all of them to make one."""
+
+
+class RankFailed(Exception):
+    """A rank was killed or hung, which may not happen again, or it ended with an error of ours."""
+
+    def __init__(self, text: str, *, by_chance: bool) -> None:
+        super().__init__(text)
+        self.by_chance = by_chance
+
+
 @contextlib.contextmanager
 def reporting_outcome() -> Iterator[None]:
-    """In a rank that `launch` started: write how it ended to the outcome file and say nothing.
-
-    The first rank to end badly wins; what the others then suffer from its absence is noise.
-    """
-    path = os.environ.get(OUTCOME)
-    if path is None:
+    """In a rank that `launch` started: write how it ended to the outcome file and say nothing."""
+    if OUTCOME not in os.environ:
         yield
         return
     _die_with(int(os.environ[AGENT]))
@@ -228,14 +280,30 @@ def reporting_outcome() -> Iterator[None]:
         elif isinstance(error, Interrupted | KeyboardInterrupt):
             status, text = RETRY, str(error) or STOPPED_EARLY
         else:
-            status, text = 1, f"rank {os.environ['RANK']}: {traceback.format_exc()}"
-        with contextlib.suppress(FileExistsError):
-            scratch = Path(f"{path}.{os.environ['RANK']}")
-            scratch.write_text(json.dumps({"status": status, "text": text}), encoding="utf-8")
-            os.link(scratch, path)
+            status, text = 1, traceback.format_exc()
+        tell_outcome(status, text, again=isinstance(error, StartAgain))
         # Not sys.exit: a failed rank must not wait for the others in the interpreter's clean-up.
-        sys.stderr.flush()
         os._exit(status)
+
+
+def tell_outcome(status: int, text: str, *, again: bool = False) -> None:
+    """Write how this rank ends for `launch` to tell, or say it where nobody launched.
+
+    again  whether another attempt may end otherwise
+
+    The first rank to end badly wins; what the others then suffer from its absence is noise.
+    """
+    path, rank = os.environ.get(OUTCOME), os.environ.get("RANK")
+    if path is None or rank is None:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        return
+    text = f"rank {rank}: {text}" if status == 1 else text
+    sys.stderr.flush()
+    with contextlib.suppress(FileExistsError):
+        scratch = Path(f"{path}.{rank}")
+        outcome = {"status": status, "text": text, "again": again}
+        scratch.write_text(json.dumps(outcome), encoding="utf-8")
+        os.link(scratch, path)
 
 
 def _die_with(parent: int) -> None:
@@ -259,32 +327,65 @@ def network_environment(network: Mapping[str, Any]) -> dict[str, str]:
 
 
 def launch(
-    module: str, arguments: list[str], *, ranks: int, threads: int, environment: Mapping[str, str]
+    module: str,
+    arguments: list[str],
+    *,
+    ranks: int,
+    threads: int,
+    environment: Mapping[str, str],
+    stop_timeout_s: float = SAVE_TIMEOUT_S,
+    restarts: int = 0,
+    progress: Callable[[], int] = lambda: 0,
 ) -> None:
     """Run `python -m module *arguments` once a rank on this machine, to the end of all of them.
 
-    threads      cores to share out
-    environment  variables for the ranks; what the caller's environment already says wins
-    raises       UserError and Interrupted as the ranks raised them; SystemExit(1) if one failed or
-                 was killed, after saying why once
+    threads         cores to share out
+    environment     variables for the ranks; what the caller's environment already says wins
+    stop_timeout_s  between the signal that asks ranks to save and leave, and SIGKILL
+    restarts        times that all ranks are started again after one has died ...
+    progress        ... counted anew when this number, asked after each end, has grown
+    raises          UserError and Interrupted as the ranks raised them; SystemExit(1) if one failed or
+                    was killed, after saying why once
     """
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
+    left, reached = restarts, progress()
+    while True:
+        try:
+            return _launch_once(module, arguments, ranks, threads, stop_timeout_s)
+        except StartAgain as note:
+            say(f"{note}; starts again")
+        except RankFailed as failure:
+            now = progress()
+            # An error where nothing was reached since the start would only come again.
+            left = restarts if now > reached else left * failure.by_chance
+            if not left:
+                raise SystemExit(
+                    f"error: {failure}\n  the same command resumes from the last saved state"
+                ) from None
+            left, reached = left - 1, now
+            say(f"error: {failure}\n  starts again from the last saved state")
+
+
+def _launch_once(
+    module: str, arguments: list[str], ranks: int, threads: int, stop_timeout_s: float
+) -> None:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with tempfile.TemporaryDirectory(prefix="snakegpt-") as scratch:
         outcome = Path(scratch) / "outcome.json"
-        for name, value in environment.items():
-            os.environ.setdefault(name, value)
         os.environ |= {
             OUTCOME: str(outcome),
             AGENT: str(os.getpid()),
             "OMP_NUM_THREADS": str(max(1, threads // ranks)),
-            # Without it a restarted group may read the addresses of the dead one (pytorch #135712).
+            # Every attempt is a rendezvous of its own, and its ranks have a store of their own: in one
+            # that is shared they may read the address of a dead rank (pytorch #135712).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         command = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
-        command += ["--shutdown-timeout", str(SAVE_TIMEOUT_S)]
+        command += ["--shutdown-timeout", str(math.ceil(stop_timeout_s))]
         command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
         command += ["--log-dir", scratch, "--module", module, *arguments]
         # The agent's own lines and traceback would bury what the ranks say, which follows in full.
@@ -301,19 +402,20 @@ def launch(
             return
         finally:
             logging.disable(logging.NOTSET)
+        found: dict[str, Any] = {}
         if outcome.exists():
             found = json.loads(outcome.read_text(encoding="utf-8"))
-            if found["status"] == USER_ERROR:
-                raise UserError(found["text"])
-            if found["status"] == RETRY:
-                raise Interrupted(found["text"])
-        elif stopped:
+        if found.get("status") == USER_ERROR:
+            raise UserError(found["text"])
+        if found.get("status") == RETRY:
+            raise (StartAgain if found["again"] else Interrupted)(found["text"])
+        if stopped and not found:
             raise Interrupted(STOPPED_EARLY)
-        if killed_by is not None:
+        # A rank that hangs is killed in the end; what the watchdog of another saw says more.
+        if killed_by is not None and not found.get("again"):
             name = signal.Signals(killed_by).name
-            raise SystemExit(
-                f"error: a rank was killed by {name}"
-                + (" (by hand, or for lack of memory)" if name == "SIGKILL" else "")
-                + "; the same command resumes from the last saved state"
-            )
-        raise SystemExit(f"error: {found['text']}" if outcome.exists() else "error: a rank failed")
+            why = " (by hand, or for lack of memory)" if name == "SIGKILL" else ""
+            raise RankFailed(f"a rank was killed by {name}{why}", by_chance=True)
+        if found:
+            raise RankFailed(found["text"], by_chance=found["again"])
+        raise RankFailed("a rank failed", by_chance=False)

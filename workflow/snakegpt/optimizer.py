@@ -145,12 +145,15 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1}
         super().__init__(groups, defaults)
         self.ranks = ranks
+        # 1 on the device where the next step is to change nothing, as torch's fused AdamW looks at it.
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
         by_shape = defaultdict[torch.Size, list[Tensor]](list)
         moves: list[tuple[Tensor, dict[str, Any], list[tuple[torch.Size, int]]]] = []
+        skipped = self.found_inf
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -158,8 +161,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(average, group["momentum"])
+                gradient, average = parameter.grad, state["momentum_buffer"]
+                if skipped is not None:  # towards itself: unchanged, whatever the gradient is
+                    gradient = torch.where(skipped.bool(), average, gradient)
+                average.lerp_(gradient, 1 - group["momentum"])
+                ahead = gradient.lerp(average, group["momentum"])
                 whole = ahead.full_tensor() if _is_sharded(ahead) else ahead
                 places = []
                 for matrix in whole.chunk(group["stacked"]):
@@ -172,7 +178,10 @@ class Muon(torch.optim.Optimizer):
             if _is_sharded(parameter):  # every rank has the whole: each takes its part
                 move = _sharded_as(parameter, move)
             rows, columns = places[0][0]
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            decay = group["lr"] * group["weight_decay"]
+            if skipped is not None:
+                move, decay = move * (1 - skipped), decay * (1 - skipped)
+            parameter.mul_(1 - decay)
             parameter.add_(move, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
     def _orthogonal(self, matrices: list[Tensor]) -> list[Tensor]:

@@ -41,6 +41,7 @@ OUTPUTS = {
         "results/models/{experiment}/best.safetensors",
         "results/models/{experiment}/config.json",
         "results/models/{experiment}/metrics.jsonl",
+        "results/models/{experiment}/optimizer.safetensors",
     ],
     "evaluate_model": ["results/evaluations/{experiment}/evaluation.json"],
     "sample_text": ["results/samples/{experiment}/samples.jsonl"],
@@ -283,6 +284,7 @@ class Pipeline:
                 "model": science(chosen.model),
                 "training": science(chosen.training),
                 "machine": machine(),
+                "prices": self.settings.prices,
             },
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
             execution={
@@ -294,11 +296,20 @@ class Pipeline:
     def _train_model(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
         network = _output("bench_network", experiment=experiment)
+        training = science(chosen.training)
+        before = training.pop("continue_from")  # its name decides nothing, what it left does
+        left = {"weights": 0, "config": 2, "optimizer": 4} if before else {}
         return self._experiment_request(
             "train_model",
             experiment,
-            settings={"model": science(chosen.model), "training": science(chosen.training)},
-            inputs={"tokens": [_tokens_of(chosen)]},
+            settings={"model": science(chosen.model), "training": training},
+            inputs={
+                "tokens": [_tokens_of(chosen)],
+                **{
+                    role: [_output("train_model", index, experiment=before)]
+                    for role, index in left.items()
+                },
+            },
             execution={"network": network},
         )
 

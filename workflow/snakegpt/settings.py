@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from snakegpt.errors import UserError, nearest
+from snakegpt.gpus import GPUS
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Scale = Literal["laptop", "full"]
@@ -352,18 +353,72 @@ class Training(Closed):
     """muon only, 0.02 unless set: its peak learning rate, the size (spectral norm) of a square matrix's change in a step."""
     muon_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     """muon only, 0.95 unless set: decay rate of its average of gradients."""
+    continue_from: Name | None = None
+    """Experiment whose finished training this one goes on from: its steps count, its learning rates must be these up to there; null: from new weights."""
     document_masking: bool = False
     """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Global norm that gradients are clipped to; null for off."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32."""
+    skip_spikes_above: Annotated[float, Field(gt=0)] | None = None
+    """Skip the update of a step whose loss is more than this many standard deviations above the mean of recent ones; null for off. An update whose gradient is not finite is always skipped."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Losses that count as recent; none is a spike before there are as many."""
+    rollback_after: Annotated[int, Field(ge=1)] = 20
+    """Updates skipped in a row after which training goes back to its last validation without any, and leaves out the data in between."""
+    rollbacks: Annotated[int, Field(ge=0)] = 3
+    """Times that training may go back before it gives up; 0: it gives up at once, and saves no state to go back to."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32. float16 is for GPUs without bfloat16; its loss is scaled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
     """Seed of initial weights, batch order and dropout."""
     validation_interval: Annotated[int, Field(ge=1)] = 250
     """Steps between validation losses; the best one decides best.safetensors."""
     validation_tokens: Annotated[int, Field(ge=1)] | None = 1_048_576
     """Validation tokens used each time, from the start of the split; null: all of them."""
+
+    @property
+    def decay_end(self) -> int:
+        """The step from which on the learning rate is the least."""
+        return self.decay_steps or self.steps
+
+    @property
+    def decay_begin(self) -> int:
+        """The step up to which the learning rate does not depend on where its decay ends."""
+        if self.schedule != "warmup_stable_decay":
+            return self.warmup_steps
+        cooldown = round((self.cooldown_fraction or 0) * self.decay_end)
+        return max(self.warmup_steps, self.decay_end - cooldown)
+
+
+def continuation_problems(done: Training, wanted: Training) -> list[str]:
+    """Why a run may not go on from a finished one; none if it may.
+
+    It may where it would have made the same steps up to there, had it started anew: with learning rates
+    that fall as they fell, or that had not begun to fall.
+    """
+    problems = []
+    if wanted.steps <= done.steps:
+        problems.append(
+            f"training.steps = {wanted.steps:,}, but the run to continue from has made"
+            f" {done.steps:,} already: ask for more."
+        )
+    rises = ("optimizer", "learning_rate", "muon_learning_rate", "warmup_steps")
+    falls = ("schedule", "min_learning_rate", "decay_end")
+    differ = [name for name in rises if getattr(done, name) != getattr(wanted, name)]
+    if done.steps > min(done.decay_begin, wanted.decay_begin):
+        differ += [name for name in falls if getattr(done, name) != getattr(wanted, name)]
+        differ += ["cooldown_fraction"] * (done.decay_begin != wanted.decay_begin)
+    if differ:
+        names = [name.replace("decay_end", "decay_steps") for name in dict.fromkeys(differ)]
+        problems.append(
+            f"the run to continue from has had other learning rates in its {done.steps:,} steps:"
+            f" training.{', training.'.join(names)} differ"
+            f" (decay from {done.decay_begin:,} to {done.decay_end:,}; here from"
+            f" {wanted.decay_begin:,} to {wanted.decay_end:,}).\n"
+            "  give both the same; or train with schedule = warmup_stable_decay and a decay_steps far"
+            " enough for it to begin after training.steps"
+        )
+    return problems
 
 
 class Evaluation(Closed):
@@ -405,6 +460,12 @@ class Execution(Closed):
     """Loss of the head: over all logits at once, or a chunk of tokens at a time, which takes a fraction of the memory; auto: chunked for large vocabularies."""
     compiled: Literal["auto"] | bool = "auto"
     """torch.compile the model; auto: on cuda only."""
+    strategy: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
+    """What ranks share: ddp gradients, zero1 also optimiser states, fsdp also weights; auto: the first of these that fits."""
+    deterministic: bool = False
+    """Sum gradients in one order, so that any number of ranks that divides a step's micro-batches ends at the same bits; ddp only, slower, one thread a rank on CPU."""
+    activation_checkpointing: bool = False
+    """Compute the activations of blocks again in the backward pass instead of keeping them; training turns to it by itself where not even one row fits."""
     engine: Literal["auto", "tiktoken", "gigatoken"] = "auto"
     """What encodes: tiktoken, or gigatoken where it is installed, which gives the same ids many times faster."""
     download_workers: Annotated[int, Field(ge=1, le=64)] = 4
@@ -415,6 +476,22 @@ class Execution(Closed):
     """Seconds between progress lines."""
     save_interval_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between saved training states."""
+    calibration_steps: Annotated[int, Field(ge=4)] | None = 20
+    """Updates that a plan tries on this machine to know how long a step takes, as many as 20 seconds allow; null: it assumes a share of what a matrix product reaches."""
+    profile_step: Annotated[int, Field(ge=0)] | None = 10
+    """Updates after each start of training before the three whose time is taken part by part (data, forward, backward, optimiser, communication, waiting); null: none."""
+    tensorboard: Annotated[str, Field(min_length=1)] | None = None
+    """Folder for TensorBoard's event files, one folder a run; needs the package tensorboard. Null: none."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases to report to; needs the package wandb, whose environment variables (WANDB_MODE=offline, ...) count. Null: none."""
+    keep_states: Annotated[int, Field(ge=1)] = 2
+    """Newest training states that stay; 12 bytes a parameter each, with adamw."""
+    stop_timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that ranks have to save and leave after SIGTERM, SIGINT or SIGUSR1, before they are killed."""
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600.0
+    """Seconds without progress after which a rank shows where it stands and ends the run; null: never."""
+    restarts: Annotated[int, Field(ge=0)] = 3
+    """Times that ranks are started again after one has died, unless they have saved a newer state since: then as often again."""
     network_environment: bool = True
     """Let training use the launch environment that bench_network recommends."""
 
@@ -474,12 +551,23 @@ class Settings(Closed):
     default_experiments: list[Name] = []
     """Experiments whose reports plain `snakemake` builds."""
     execution: Execution = Execution()
+    prices: dict[Annotated[str, Field(pattern=r"^\S")], Annotated[float, Field(ge=0)]] = {}
+    """What an hour of one GPU costs you, in any currency, by its name in docs/plan.md; for plans."""
     corpora: dict[Name, Corpus]
     """Text sources by name."""
     tokenizers: dict[Name, Tokenizer]
     """Tokenizers by name."""
     experiments: dict[Name, Experiment]
     """Experiments by name; each gets targets train_<name>, evaluate_<name>, sample_<name>, report_<name>."""
+
+    @field_validator("prices")
+    @classmethod
+    def _are_of_known_gpus(cls, prices: dict[str, float]) -> dict[str, float]:
+        known = [gpu.name for gpu in GPUS]
+        for name in prices:
+            if name not in known:
+                raise ValueError(f"no datasheet of a GPU named '{name}'.{nearest(name, known)}")
+        return prices
 
     def experiment(self, name: str) -> Experiment:
         return _named(self.experiments, name, "experiment")
@@ -613,19 +701,47 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
             f" model.context = {model.context:,};"
             f" nearest that fit: {max(rows, 1) * model.context:,} and {(rows + 1) * model.context:,}."
         )
+    problems += _continuation_conflicts(settings, name)
     if training.min_learning_rate > training.learning_rate:
         problems.append(
             f"{where}.training.min_learning_rate = {training.min_learning_rate:g} is above"
             f" learning_rate = {training.learning_rate:g}."
         )
     problems += meaningless(training, f"{where}.training")
-    end = training.decay_steps or training.steps
+    end = training.decay_end
     if training.warmup_steps > end:
         problems.append(
             f"{where}.training.warmup_steps = {training.warmup_steps:,} is beyond the end of the"
             f" decay at step {end:,}."
         )
     return problems
+
+
+def _continuation_conflicts(settings: Settings, name: str) -> list[str]:
+    """What is wrong with the experiment that one continues from."""
+    where = f"experiments.{name}.training.continue_from"
+    experiment = settings.experiments[name]
+    source = experiment.training.continue_from
+    passed = [name]
+    while source is not None:
+        if source not in settings.experiments:
+            known = nearest(source, settings.experiments)
+            return [f"{where} = '{source}' is not defined.{known}"] if len(passed) == 1 else []
+        if source in passed:
+            return [f"{where}: {' -> '.join([*passed, source])} comes back to itself."]
+        passed.append(source)
+        source = settings.experiments[source].training.continue_from
+    if len(passed) == 1:
+        return []
+    before = settings.experiments[passed[1]]
+    problems = continuation_problems(before.training, experiment.training)
+    if before.tokenizer != experiment.tokenizer:
+        problems.append(f"its tokenizer is {before.tokenizer}, this one's {experiment.tokenizer}.")
+    models = [science(each.model) | {"dropout": None} for each in (before, experiment)]
+    if models[0] != models[1]:
+        differ = ", ".join(key for key, value in models[0].items() if value != models[1][key])
+        problems.append(f"its model is another one: {differ} differ.")
+    return [f"{where} = '{passed[1]}': {problem}" for problem in problems]
 
 
 def _parse(config: Mapping[str, Any], files: Sequence[str | Path]) -> Settings:

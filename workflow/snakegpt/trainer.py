@@ -7,55 +7,41 @@ What is here decides them too, and counts through that stage's REVISION, which a
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import json
 import math
 import platform
-import resource
 import shutil
-import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from snakegpt.batches import TokenStream, TrainingBatches, documents_in, sequential_batches
-from snakegpt.distributed import Group, StopRequest
-from snakegpt.durable import write_atomically
+from snakegpt.batches import TokenStream
+from snakegpt.continuation import Finished, fill, leave
+from snakegpt.counters import peak_memory_bytes
+from snakegpt.distributed import Group, StartAgain, StopRequest
+from snakegpt.durable import write_atomically, write_text_atomically
 from snakegpt.errors import Interrupted, UserError
+from snakegpt.hardware import device_name, measure_matmul
 from snakegpt.huggingface_format import save_weights
-from snakegpt.losses import LossKernel
-from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
-from snakegpt.optimizer import clip_gradients, make_optimizers, schedule_of, set_learning_rate
-from snakegpt.prefetch import ahead_of
-from snakegpt.progress import Progress, quantity, say
+from snakegpt.metrics import Audience, Recorder, Work
+from snakegpt.model import Shape, flops_per_token, n_parameters
+from snakegpt.progress import quantity, say
 from snakegpt.settings import Training
-from snakegpt.training_state import Metrics, StateFolder
+from snakegpt.stability import as_json
+from snakegpt.training_state import Saved, StateFolder
+from snakegpt.updates import Launch, TooLarge, Updates
+from snakegpt.watchdog import Watchdog
+
+MATMUL_LIMIT_S = 0.2  # of the matrix products that the rates are compared with
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How it is trained: resolved execution settings, none of them science.
-
-    micro_rows  rows that a rank takes through the network at once
-    threads     of this rank
-    """
-
-    label: str
-    device: str
-    dtype: torch.dtype
-    kernel: AttentionKernel
-    loss: LossKernel
-    compiled: bool
-    micro_rows: int
-    threads: int
-    log_interval_s: float
-    save_interval_s: float
+class Unstable(Exception):
+    """Too many updates in a row were skipped, or the weights are no numbers any more."""
 
 
 class Trainer:
@@ -71,214 +57,252 @@ class Trainer:
         group: Group,
         state_folder: Path,
         tokenizer_fingerprint: str,
+        *,
         end_of_text: int = 0,
+        inputs: Mapping[str, Any] | None = None,
+        before: Finished | None = None,
     ) -> None:
+        """inputs: digests of what is trained on, which a saved state must share; before: to go on from"""
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
-        self.validation, self.fingerprint = validation, tokenizer_fingerprint
-        self.end_of_text = end_of_text
-        rows = recipe.batch_tokens // shape.context
-        self.batches = TrainingBatches(train, shape.context, rows, recipe.seed)
-        self.accumulation = rows // group.ranks // launch.micro_rows
-        self.model = initialise(GPT(shape, launch.kernel, launch.loss), recipe.seed).to(
-            launch.device
+        self.fingerprint, self.before = tokenizer_fingerprint, before
+        run = {
+            "model": asdict(shape),
+            "training": recipe.model_dump(),
+            "tokenizer": tokenizer_fingerprint,
+            **(inputs or {}),
+            "continued": before.note if before else None,
+        }
+        self.states = StateFolder(state_folder, launch.label, group, run, kept=launch.keep_states)
+        self.updates = Updates(
+            shape, recipe, train, validation, self._with_what_fitted(), group, end_of_text
         )
-        everyone = dist.group.WORLD if group.ranks > 1 else None
-        self.optimizers = make_optimizers(self.model, recipe, everyone)
-        self.schedule = schedule_of(recipe)
-        self.network = self._wrapped()
-        self.states = StateFolder(state_folder, launch.label if group.leads else None)
-        self.step = 0  # updates done
-        self.micro_batches = self._batches_from_here()
+        self.step = 0  # updates done, or skipped
+        self.skipped_batches = 0  # of the order, where training went back
+        self.rollbacks = 0
+        self.matmul_flops_per_s: float | None = None  # of all ranks together
         self.busy_s = 0.0  # in updates: without validation, saving and start-up
         self.best_step, self.best_loss = 0, math.inf
 
-    def _wrapped(self) -> nn.Module:
-        """The model as the loop calls it: compiled, and averaging gradients over the ranks."""
-        network: nn.Module = self.model
-        if self.launch.compiled:
-            network = torch.compile(network)  # type: ignore[assignment]
-        if self.group.ranks > 1:
-            network = DistributedDataParallel(network, gradient_as_bucket_view=True)
-        return network
-
-    def _batches_from_here(self) -> Iterator[tuple[Tensor, Tensor]]:
-        micro_rows, group = self.launch.micro_rows, self.group
-        return self.batches.from_step(self.step, micro_rows, group.rank, group.ranks)
-
     # ---- the loop ----
 
-    def run(self, out: Path) -> None:
-        """Train to the last step and write weights, best weights and metrics to `out`.
+    def run(self, out: Path, watchdog: Watchdog | None = None) -> None:
+        """Train to the last step and write weights, best weights, optimiser and metrics to `out`.
 
-        raises  Interrupted after a stop signal, with the state saved; UserError if the loss diverges
+        watchdog  that is told of each step
+        raises  Interrupted after a stop signal, with the state saved; StartAgain if a micro-batch did not
+                fit on one of several ranks; UserError if training diverges
         """
         stop = StopRequest()
-        resumed = self._resume()
-        with ahead_of(self._batches_from_here(), self.launch.device) as self.micro_batches:
-            self._train(stop, resumed, out)
+        saved = self.states.newest()
+        if saved is None and self.before:
+            self._continue(self.before)
+        if self.group.leads:
+            if saved is None:
+                self.states.require_space(n_parameters(self.shape))
+            self.states.drop_after(saved.step if saved else -1)  # damaged ones
+        while True:
+            try:
+                self._train(saved, stop, watchdog or Watchdog(None), out)
+                return
+            except Unstable as reason:
+                saved = self._go_back(str(reason))
+            except TooLarge:
+                raise StartAgain(self._ask_for_less()) from None
+            finally:
+                self.updates.stop()
 
-    def _train(self, stop: StopRequest, resumed: int | None, out: Path) -> None:
-        metrics = Metrics(self.states.metrics, resumed) if self.group.leads else None
+    def _train(self, saved: Saved | None, stop: StopRequest, watchdog: Watchdog, out: Path) -> None:
+        if saved:
+            self._resume(saved)
+        self.updates.start(self.step + self.skipped_batches)
+        metrics = self._recorder(saved)
         if metrics:
-            self._describe(metrics, resumed)
-        recipe, label = self.recipe, self.launch.label
+            self._describe(metrics, saved)
+        recipe, label, updates = self.recipe, self.launch.label, self.updates
         every = max(1, recipe.steps // 1000)  # a thousand points make a full chart
-        interval_s = self.launch.log_interval_s
-        progress = Progress(label, recipe.steps, "steps", done=self.step, interval_s=interval_s)
         saved_at = time.monotonic()
-        validation = f"val {self.best_loss:.3f}" if self.best_step else ""
-        since_s, since_steps = self.busy_s, self.step
         while self.step < recipe.steps:
             started = time.monotonic()
-            loss, norm = self._update()
+            with metrics.around(self.step) if metrics else contextlib.nullcontext():
+                norm = updates.update(self.step, self.step + self.skipped_batches)
+            self.step += 1
             last = self.step == recipe.steps
             logs = last or self.step % every == 0
-            mean_loss = self._mean_over_ranks(loss) if logs else math.nan  # waits for the device
+            mean_loss = float(updates.mean_loss()) if logs else math.nan  # waits for the device
             self.busy_s += time.monotonic() - started
-            if logs:
-                self._require_finite(mean_loss)
-                rate = recipe.batch_tokens * (self.step - since_steps) / (self.busy_s - since_s)
-                since_s, since_steps = self.busy_s, self.step
-                if metrics:
-                    metrics.write(
-                        "train",
-                        step=self.step,
-                        loss=mean_loss,
-                        learning_rate=recipe.learning_rate * self.schedule.at(self.step - 1),
-                        gradient_norm=float(norm),
-                        tokens=self.step * recipe.batch_tokens,
-                        elapsed_s=round(self.busy_s, 3),
-                        rate_tokens_per_s=round(rate, 1),
-                    )
-                    facts = [f"loss {mean_loss:.3f}", validation, quantity(rate, " tokens/s")]
-                    progress.update(self.step, *filter(None, facts))
-            if last or self.step % recipe.validation_interval == 0:
-                val_loss = self.validate()
-                validation = f"val {val_loss:.3f}"
+            watchdog.beat(f"step {self.step}")
+            validates = last or self.step % recipe.validation_interval == 0
+            good = False
+            if logs or validates or self.step == 1:
+                self._note_skipped(metrics)
+            if logs and metrics and math.isfinite(mean_loss):
+                metrics.trained(
+                    self.step,
+                    loss=mean_loss,
+                    gradient_norm=float(norm),
+                    learning_rates=updates.learning_rates(self.step - 1),
+                    busy_s=self.busy_s,
+                )
+            if logs or validates or self.step == 1:
+                self._require_steady()
+            if validates:
+                val_loss = updates.validate(watchdog.beat)
+                if not math.isfinite(val_loss):
+                    raise Unstable(f"the validation loss is {val_loss}")
                 self._keep_if_best(val_loss)
+                good = updates.judge.in_a_row == 0 and recipe.rollbacks > 0
                 if metrics:
-                    metrics.write("validation", step=self.step, loss=val_loss)
+                    metrics.validated(self.step, val_loss)
             due = time.monotonic() - saved_at >= self.launch.save_interval_s
-            stopping = self._any_rank(stop.came)
-            if due or stopping or last:
-                if self.group.leads:
-                    self._require_finite(float(norm))
-                    self.save()
+            stopping, due = self._agreed(stop.came, due and self.group.leads)
+            if due or stopping or last or good:
+                self._note_skipped(metrics)
+                self._save(good=good)
                 saved_at = time.monotonic()
             if stopping and not last:
+                self.states.wait()
                 raise Interrupted(f"{label} saved its state at step {self.step:,}")
-        if metrics:
-            self._finish(metrics, out)
+        self.states.wait()
+        whole = updates.strategy.whole_model()
+        if metrics and whole:
+            self._finish(metrics)
+            save_weights(out / "weights.safetensors", whole, self.fingerprint)
+            shutil.copyfile(self.states.best_weights(self.best_step), out / "best.safetensors")
+            shutil.copyfile(self.states.metrics, out / "metrics.jsonl")
+            leave(out, self.states.at(self.step), recipe, self.fingerprint)
 
-    def _update(self) -> tuple[Tensor, Tensor]:
-        """One optimiser step; returns this rank's mean loss and the gradient's norm, on the device."""
-        step, launch = self.step, self.launch
-        # Dropout is a function of (seed, step, rank): nothing of it needs saving.
-        torch.manual_seed(_mixed(self.recipe.seed, step, self.group.rank))
-        set_learning_rate(self.optimizers, self.schedule.at(step))
-        self.model.zero_grad(set_to_none=True)
-        self.network.train()
-        total = torch.zeros((), device=launch.device)
-        for index in range(self.accumulation):
-            ids_BT, targets_BT = next(self.micro_batches)
-            with self._gradients_stay_local(index < self.accumulation - 1):
-                loss = self._losses(self.network, ids_BT, targets_BT).mean() / self.accumulation
-                loss.backward()
-            total += loss.detach()
-        norm = clip_gradients(self.model.parameters(), self.recipe.gradient_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        return total, norm
+    # ---- what is not taken, and going back ----
 
-    def _losses(self, network: nn.Module, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        ids_BT, targets_BT = (
-            x.to(self.launch.device, non_blocking=True) for x in (ids_BT, targets_BT)
-        )
-        mixed = self.launch.dtype != torch.float32
-        documents_BT = None
-        if self.recipe.document_masking and self.model.training:
-            documents_BT, _ = documents_in(ids_BT, self.end_of_text)
-        with torch.autocast(self.launch.device, self.launch.dtype, enabled=mixed):
-            losses_BT: Tensor = network(ids_BT, targets_BT, documents_BT=documents_BT)
-        return losses_BT
+    def _note_skipped(self, metrics: Recorder | None) -> None:
+        for step, loss, norm in self.updates.judge.look():
+            if metrics:
+                facts = {"loss": as_json(loss), "gradient_norm": as_json(norm)}
+                metrics.write("skipped", step=step, **facts)
+                say(
+                    f"{self.launch.label}  skipped the update of step {step:,}:"
+                    f" loss {loss:.4g}, gradient norm {norm:.4g}"
+                )
 
-    def _gradients_stay_local(self, yes: bool) -> contextlib.AbstractContextManager[None]:
-        """Ranks exchange gradients with the last micro-batch of a step only."""
-        if yes and isinstance(self.network, DistributedDataParallel):
-            local: contextlib.AbstractContextManager[None] = self.network.no_sync()
-            return local
-        return contextlib.nullcontext()
+    def _require_steady(self) -> None:
+        judge = self.updates.judge
+        if self.step == 1 and judge.in_a_row and judge.scale is None:
+            raise UserError(
+                "the loss or its gradient is no finite number at the very first step.\n"
+                "  nothing has been learnt yet that could have diverged: look at the tokens, at"
+                " model's sizes, at training.precision, and at weights that are continued from"
+            )
+        if judge.in_a_row >= self.recipe.rollback_after:
+            raise Unstable(f"{judge.in_a_row} updates in a row were skipped")
 
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss over the first `validation_tokens` of the validation split, nats; no dropout."""
-        self.model.eval()
-        totals = torch.zeros(2, dtype=torch.float64)
-        batches = sequential_batches(
-            self.validation,
-            self.shape.context,
-            self.launch.micro_rows,
-            n_targets=self.recipe.validation_tokens,
-            rank=self.group.rank,
-            ranks=self.group.ranks,
-        )
-        for ids_BT, targets_BT in batches:
-            # The bare model: ranks may have different numbers of batches.
-            losses_BT = self._losses(self.model, ids_BT, targets_BT)
-            totals[0] += float(losses_BT.sum(dtype=torch.float64))
-            totals[1] += losses_BT.numel()
-        loss, count = self.group.sum(totals).tolist()
-        return float(loss / count)
+    def _go_back(self, reason: str) -> Saved:
+        """Drop what came after the last good state, and have training go on there with other data."""
+        saved = self.states.newest_good()
+        if saved is None or self.rollbacks >= self.recipe.rollbacks:
+            tried = f", after going back {self.rollbacks} times" if self.rollbacks else ""
+            raise UserError(
+                f"training has diverged at step {self.step:,}: {reason}{tried}.\n"
+                "  lower training.learning_rate, raise training.warmup_steps or set"
+                " training.gradient_clip; a changed setting starts from the first step"
+            )
+        changes = {
+            "skipped_batches": self.skipped_batches + self.step - saved.step,
+            "rollbacks": self.rollbacks + 1,
+        }
+        if self.group.leads:
+            self.states.go_back(saved, **changes)
+            say(
+                f"{self.launch.label}  {reason}: goes back from step {self.step:,} to"
+                f" {saved.step:,} and leaves out the data in between"
+            )
+        note = {**saved.note, **changes, "from_step": self.step, "reason": reason}
+        return saved._replace(note=note)
+
+    def _ask_for_less(self) -> str:
+        """Note, for the next attempt, that this micro-batch was too large."""
+        was, rows = self.updates.micro_rows, self.updates.shrink()
+        fitted = {"micro_rows": rows, "activation_checkpointing": self.updates.computes_twice}
+        write_text_atomically(self._fitted, json.dumps(fitted))
+        return f"{self.launch.label}  {was} rows at once did not fit on rank {self.group.rank}"
+
+    @property
+    def _fitted(self) -> Path:
+        return self.states.folder / "fitted.json"
+
+    def _with_what_fitted(self) -> Launch:
+        """The launch with what an attempt before this one left, for want of memory."""
+        if not self._fitted.exists() or self.launch.deterministic:
+            return self.launch
+        fitted = json.loads(self._fitted.read_text(encoding="utf-8"))
+        rows, share = fitted["micro_rows"], self.recipe.batch_tokens // self.shape.context
+        if rows > self.launch.micro_rows or share // self.group.ranks % rows:
+            return self.launch  # of another number of ranks
+        twice = fitted["activation_checkpointing"] or self.launch.activation_checkpointing
+        changes = {"micro_rows": rows, "probed": False, "activation_checkpointing": twice}
+        return Launch(**{**self.launch.__dict__, **changes})
 
     # ---- what is kept ----
 
-    def save(self) -> None:
-        """Write the state that a later run resumes from."""
+    def _save(self, *, good: bool) -> None:
+        """Write, while training goes on, what a later run resumes from."""
         self.states.save(
-            self.step,
+            {**self.updates.strategy.tensors(), **self.updates.judge.tensors()},
             {
                 "step": self.step,
-                "shape": asdict(self.shape),
-                "model": self.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "good": good,
                 "best_step": self.best_step,
-                "best_loss": self.best_loss,
+                "best_loss": as_json(self.best_loss),
                 "busy_s": self.busy_s,
+                "in_a_row": self.updates.judge.in_a_row,
+                "skipped_batches": self.skipped_batches,
+                "rollbacks": self.rollbacks,
             },
         )
 
-    def _resume(self) -> int | None:
-        """Load the newest whole state; returns its step, or None if there is none."""
-        state = self.states.load()
-        if state is None:
-            if self.group.leads:
-                self.states.require_space(n_parameters(self.shape))
-            return None
-        if state["shape"] != asdict(self.shape):
-            raise UserError(
-                f"the state in {self.states.folder} is of another model; remove the folder."
-            )
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.busy_s = state["step"], state["busy_s"]
-        self.best_step, self.best_loss = state["best_step"], state["best_loss"]
+    def _resume(self, saved: Saved) -> None:
+        strategy, judge = self.updates.strategy, self.updates.judge
+        room: dict[str, Tensor] = {**strategy.room_for(saved.sizes()), **judge.tensors()}
+        self.states.load(saved, room)
+        strategy.take(room)
+        judge.resume(saved.note["in_a_row"])
+        self._continue_with(saved.note)
+        self.best_step = saved.note["best_step"]
+        self.best_loss = math.inf if not self.best_step else saved.note["best_loss"]
+        self.busy_s = saved.note["busy_s"]
         if self.group.leads:
             say(f"{self.launch.label}  resumes at step {self.step:,} of {self.recipe.steps:,}")
-        return self.step
+
+    def _continue(self, before: Finished) -> None:
+        """Take what a finished run left."""
+        strategy, judge, whole = self.updates.strategy, self.updates.judge, before.tensors()
+        room = {
+            **strategy.room_for({name: tensor.shape for name, tensor in whole.items()}),
+            **judge.tensors(),
+        }
+        fill(room, whole)
+        strategy.take(room)
+        judge.resume(before.note["in_a_row"])
+        self._continue_with(before.note)
+        if self.group.leads:
+            say(f"{self.launch.label}  continues a run of {self.step:,} steps")
+
+    def _continue_with(self, note: Mapping[str, Any]) -> None:
+        self.step, self.skipped_batches = note["step"], note["skipped_batches"]
+        self.rollbacks = note["rollbacks"]
 
     def _keep_if_best(self, loss: float) -> None:
         if loss >= self.best_loss and self.best_step:
             return
         self.best_step, self.best_loss = self.step, loss
-        if self.group.leads:
+        whole = self.updates.strategy.whole_model()
+        if self.group.leads and whole:
             write_atomically(
                 self.states.best_weights(self.step),
-                lambda path: save_weights(path, self.model, self.fingerprint),
+                lambda path: save_weights(path, whole, self.fingerprint),
             )
 
-    def _finish(self, metrics: Metrics, out: Path) -> None:
+    # ---- what is said ----
+
+    def _finish(self, metrics: Recorder) -> None:
         metrics.write(
             "end",
             step=self.step,
@@ -286,69 +310,87 @@ class Trainer:
             rate_tokens_per_s=round(
                 self.step * self.recipe.batch_tokens / max(self.busy_s, 1e-9), 1
             ),
-            peak_memory_bytes=_peak_memory_bytes(self.launch.device),
+            peak_memory_bytes=peak_memory_bytes(self.launch.device),
             best_step=self.best_step,
             best_loss=self.best_loss,
         )
         metrics.close()
-        save_weights(out / "weights.safetensors", self.model, self.fingerprint)
-        shutil.copyfile(self.states.best_weights(self.best_step), out / "best.safetensors")
-        shutil.copyfile(self.states.metrics, out / "metrics.jsonl")
 
-    # ---- what is said ----
+    def _recorder(self, saved: Saved | None) -> Recorder | None:
+        """What is seen, on the leading rank. All ranks call: their devices are measured at once."""
+        launch, updates = self.launch, self.updates
+        precision = str(launch.dtype).removeprefix("torch.")
+        if self.matmul_flops_per_s is None:
+            mine = measure_matmul(launch.device, precision, limit_s=MATMUL_LIMIT_S)
+            everyone = self.group.sum(torch.tensor(mine, dtype=torch.float64))
+            self.matmul_flops_per_s = float(everyone)
+        if not self.group.leads:
+            return None
+        work = Work(
+            label=launch.label,
+            steps=self.recipe.steps,
+            batch_tokens=self.recipe.batch_tokens,
+            flops_per_token=flops_per_token(self.shape),
+            device=launch.device,
+            device_name=device_name(launch.device),
+            precision=precision,
+            ranks=self.group.ranks,
+            micro_batches=updates.accumulation,
+            matmul_flops_per_s=self.matmul_flops_per_s,
+        )
+        return Recorder(
+            self.states.metrics,
+            saved and saved.step,
+            work,
+            Audience(launch.log_interval_s, launch.profile_step, launch.tensorboard, launch.wandb),
+            done=self.step,
+            busy_s=self.busy_s,
+            best=f"val {self.best_loss:.3f}" if self.best_step else "",
+        )
 
-    def _describe(self, metrics: Metrics, resumed: int | None) -> None:
-        launch = self.launch
+    def _describe(self, metrics: Recorder, saved: Saved | None) -> None:
+        if saved and "from_step" in saved.note:
+            metrics.write(
+                "rolled_back",
+                step=saved.step,
+                from_step=saved.note["from_step"],
+                reason=saved.note["reason"],
+                rollbacks=self.rollbacks,
+            )
+            return
+        launch, updates = self.launch, self.updates
         facts: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if launch.device == "cuda" else launch.device,
+            "device": device_name(launch.device),
             "ranks": self.group.ranks,
-            "rows_per_rank": launch.micro_rows,
-            "accumulation": self.accumulation,
+            "strategy": launch.strategy if self.group.ranks > 1 else None,
+            "deterministic": launch.deterministic,
+            "rows_per_rank": updates.micro_rows,
+            "accumulation": updates.accumulation,
             "precision": str(launch.dtype).removeprefix("torch."),
             "attention": launch.kernel,
-            "compiled": launch.compiled,
+            "compiled": updates.compiled,
             "threads": launch.threads,
             "n_parameters": n_parameters(self.shape),
             "torch": torch.__version__,
+            **metrics.describe(),
             "host_cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         }
-        if resumed is None:
+        if saved is None:
             metrics.write("start", **facts)
         else:
-            metrics.write("resume", step=resumed, **facts)
+            metrics.write("resume", step=saved.step, **facts)
+        shared = f" {launch.strategy}," if self.group.ranks > 1 else ""
         say(
             f"{launch.label}  {quantity(facts['n_parameters'])} parameters, {self.group.ranks} x"
-            f" {facts['device']}, {facts['precision']}, {launch.micro_rows} rows x"
-            f" {self.accumulation} accumulated, attention {launch.kernel},"
-            f" {launch.threads} threads a rank{', compiled' if launch.compiled else ''}"
+            f" {facts['device']},{shared} {facts['precision']}, {updates.micro_rows} rows x"
+            f" {updates.accumulation} accumulated, attention {launch.kernel},"
+            f" {launch.threads} threads a rank{', compiled' if updates.compiled else ''}"
         )
-
-    def _require_finite(self, value: float) -> None:
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {self.step:,}: training has diverged.\n"
-                "  lower training.learning_rate, raise training.warmup_steps or set"
-                " training.gradient_clip; a changed setting starts from the first step"
-            )
 
     # ---- ranks agree ----
 
-    def _mean_over_ranks(self, value: Tensor) -> float:
-        return float(self.group.sum(value.clone()) / self.group.ranks)
-
-    def _any_rank(self, condition: bool) -> bool:
-        return bool(self.group.sum(torch.tensor(int(condition))))
-
-
-def _mixed(*numbers: int) -> int:
-    """A 63-bit number from several; equal for equal ones, unrelated otherwise."""
-    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _peak_memory_bytes(device: str) -> int:
-    """Most memory this rank ever held, on its GPU or else as a process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    def _agreed(self, *conditions: bool) -> tuple[bool, ...]:
+        """Whether each holds on any rank."""
+        return tuple(
+            map(bool, self.group.sum(torch.tensor(conditions, dtype=torch.int32)).tolist())
+        )

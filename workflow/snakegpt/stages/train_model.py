@@ -2,18 +2,23 @@
 
 Reads: manifest.json of a token set, its shards beside it. Writes: weights.safetensors (last) and
 best.safetensors (lowest validation loss), float32 under the names of transformers' GPT2LMHeadModel or
-NanoChatForCausalLM; config.json, which transformers loads; metrics.jsonl, one JSON object a line. By hand:
+NanoChatForCausalLM; config.json, which transformers loads; metrics.jsonl, one JSON object a line;
+optimizer.safetensors, what else of a run another one needs to go on from it. By hand:
 
     python -m snakegpt.stages.train_model --tokens results/tokens/shakespeare-gpt2/manifest.json \\
         --settings '{"model": {"layers": 2, "heads": 2, "channels": 64, "context": 64},
                      "training": {"batch_tokens": 1024, "steps": 50, "warmup_steps": 5}}' --out /tmp/gpt
 
 The number of processes comes from --execution '{"ranks": 2}'; they are started here, or by torchrun.
+Given the --weights, --config and --optimizer of a finished run, and more steps, it goes on from there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,15 +27,22 @@ import torch
 
 from snakegpt import distributed
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
+from snakegpt.continuation import finished
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
+from snakegpt.identity import file_digest
+from snakegpt.metrics import require_writers
+from snakegpt.model import n_parameters
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.settings import Execution, Model, Training, model_problems, science
 from snakegpt.tokens import open_split, read_manifest
-from snakegpt.trainer import Launch, Trainer
+from snakegpt.trainer import Trainer
+from snakegpt.training_state import newest_step
+from snakegpt.updates import Launch
+from snakegpt.watchdog import Watchdog
 
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
-REVISION = 1
+REVISION = 2
 SCIENCE = (
     "snakegpt.model",
     "snakegpt.optimizer",
@@ -47,6 +59,7 @@ def train_model(
     out: Path,
     state: Path,
     *,
+    continued: tuple[Path, Path, Path] | None = None,
     label: str,
     threads: int,
     network: Path | None,
@@ -54,11 +67,13 @@ def train_model(
 ) -> None:
     """Train as one rank, or start the ranks that do.
 
+    continued  weights, config and optimizer of the finished run to go on from
     arguments  this command's own, for the ranks
     raises     UserError before the first step if tokens, settings and machine do not fit each other
     """
     if problems := model_problems(model, "model"):
         raise UserError("\n".join(problems))
+    require_writers(execution.tensorboard, execution.wandb)
     manifest = read_manifest(tokens)
     vocabulary = manifest["tokenizer"]["n_vocab"]
     shape = shape_of(model, vocabulary)
@@ -66,22 +81,67 @@ def train_model(
     if rows * model.context != training.batch_tokens:
         raise UserError("training.batch_tokens must be a multiple of model.context.")
     device = distributed.choose_device(execution.device)
-    ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
+    shares = rows  # what ranks can be given
+    if execution.deterministic:
+        micro_rows = in_one_order(execution, rows)
+        shares = rows // micro_rows
+        execution = execution.model_copy(update={"rows_per_rank": micro_rows, "strategy": "ddp"})
+    ranks = distributed.world_size()
+    if ranks is None:
+        ranks = distributed.choose_ranks(
+            execution.ranks, device=device, rows=shares, threads=threads
+        )
+    distributed.require_divisor(ranks, shares)
     train, validation = (open_split(tokens, manifest, split) for split in ("train", "val"))
     if len(validation) < 2:
         raise UserError(f"the validation split of {tokens} has no token to predict.")
+    before = None
+    if continued:
+        before = finished(
+            *continued,
+            shape=shape,
+            recipe=training,
+            tokenizer_fingerprint=manifest["tokenizer"]["fingerprint"],
+        )
+    windows = (len(train) - 1) // model.context
+    if 0 < windows < ranks:
+        raise UserError(
+            f"{ranks} ranks would share {windows} windows of {model.context:,} tokens, which is all that"
+            f" the training split of {tokens} holds.\n"
+            f"  set execution.ranks to at most {windows}, or use a smaller model.context"
+        )
     if ranks > 1 and not distributed.is_rank():
         environment = {}
         if network and network.exists() and execution.network_environment:
             measured = json.loads(network.read_text(encoding="utf-8"))
             environment = distributed.network_environment(measured)
         module = "snakegpt.stages.train_model"
-        distributed.launch(module, arguments, ranks=ranks, threads=threads, environment=environment)
+        distributed.launch(
+            module,
+            arguments,
+            ranks=ranks,
+            threads=threads,
+            environment=environment,
+            stop_timeout_s=execution.stop_timeout_s,
+            restarts=execution.restarts,
+            progress=lambda: newest_step(state),
+        )
         return
     if device == "cpu":
         distributed.keep_freed_memory()
-    with distributed.joined(device) as group:
-        torch.set_num_threads(max(1, threads // group.ranks))
+    # The watchdog comes first, and says more than an exchange that was waited for too long.
+    patience_s = execution.hang_timeout_s and execution.hang_timeout_s + 60
+    with (
+        Watchdog(execution.hang_timeout_s) as watchdog,
+        distributed.joined(device, patience_s) as group,
+    ):
+        # Another number of threads adds up matrix products in another order.
+        one_order = execution.deterministic
+        torch.set_num_threads(1 if one_order else max(1, threads // group.local_ranks))
+        if (
+            one_order
+        ):  # by default not even mentioned: it loads torch's compiler, which takes seconds
+            torch.use_deterministic_algorithms(True)
         share = rows // group.ranks
         passes = choose_passes(training, execution, shape, device=device, share=share)
         launch = Launch(
@@ -95,13 +155,36 @@ def train_model(
             threads=torch.get_num_threads(),
             log_interval_s=execution.log_interval_s,
             save_interval_s=execution.save_interval_s,
+            probed=device == "cuda" and execution.rows_per_rank == "auto",
+            strategy=distributed.choose_strategy(
+                execution.strategy,
+                device=device,
+                ranks=group.ranks,
+                n_parameters=n_parameters(shape),
+            ),
+            deterministic=one_order,
+            activation_checkpointing=execution.activation_checkpointing,
+            keep_states=execution.keep_states,
+            profile_step=execution.profile_step,
+            tensorboard=execution.tensorboard,
+            wandb=execution.wandb,
         )
         fingerprint = manifest["tokenizer"]["fingerprint"]
         end_of_text = manifest["tokenizer"]["end_of_text"]
         trainer = Trainer(
-            shape, training, train, validation, launch, group, state, fingerprint, end_of_text
+            shape,
+            training,
+            train,
+            validation,
+            launch,
+            group,
+            state,
+            fingerprint,
+            end_of_text=end_of_text,
+            inputs={"tokens": file_digest(tokens)},
+            before=before,
         )
-        trainer.run(out)
+        trainer.run(out, watchdog)
         if group.leads:
             config = to_config(
                 shape,
@@ -113,9 +196,48 @@ def train_model(
             write_json(out / "config.json", config)
 
 
+def in_one_order(execution: Execution, rows: int) -> int:
+    """Rows of a micro-batch in a run whose bits no number of ranks changes; of one size, therefore.
+
+    A step is cut into as many as its rows and 64 have in common, so that every power of two of ranks
+    up to that can share them.
+
+    raises  UserError for a strategy that adds up otherwise
+    """
+    if execution.strategy not in ("auto", "ddp"):
+        raise UserError(
+            f"execution.deterministic goes with strategy ddp alone, not with {execution.strategy}."
+        )
+    # cuBLAS adds up in one order only with a workspace of its own, which it reads here.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    chosen = execution.rows_per_rank
+    size = rows // math.gcd(rows, 64) if chosen == "auto" else chosen
+    if rows % size:
+        raise UserError(
+            f"execution.rows_per_rank = {size} does not divide the {rows:,} rows of a step."
+        )
+    return size
+
+
+def _continued(args: argparse.Namespace) -> tuple[Path, Path, Path] | None:
+    roles = ("weights", "config", "optimizer")
+    given = [role for role in roles if getattr(args, role)]
+    if not given:
+        return None
+    if len(given) < 3:
+        raise UserError(f"to go on from a finished run takes all of --{', --'.join(roles)}.")
+    weights, config, optimizer = (only_path(getattr(args, role), role) for role in roles)
+    return weights, config, optimizer
+
+
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
-    roles = {"tokens": "manifest.json of the tokens, shards beside it"}
+    roles = {
+        "tokens": "manifest.json of the tokens, shards beside it",
+        "weights": "weights.safetensors of a finished run to go on from",
+        "config": "its config.json",
+        "optimizer": "its optimizer.safetensors",
+    }
     args = stage_parser(__doc__, roles, state=True).parse_args(argv)
     how = how_to_run(args, "train_model", "network")
     network = how.extras["network"]
@@ -128,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             only_path(args.tokens, "tokens"),
             args.out,
             args.state or args.out / ".state",
+            continued=_continued(args),
             label=how.label,
             threads=how.threads,
             network=Path(network) if network else None,
