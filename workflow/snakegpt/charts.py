@@ -154,7 +154,7 @@ def throughput_chart(points: Points, planned: float | None) -> str:
 
 def share_chart(points: Points, of: str) -> str:
     """Share of a peak that training reached, over steps; `of` says which peak."""
-    with _figure("mfu", f"Share of {of}, by step", NARROW) as (axes, svg):
+    with _figure("mfu", f"Share of {of}, by step", (WIDE[0], 2.2)) as (axes, svg):
         noisy = [(step, 100 * share) for step, share in thinned(points)]
         axes.plot(*_columns(noisy), color=FIRST, alpha=0.3, linewidth=0.9)
         axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8)
