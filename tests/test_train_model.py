@@ -182,7 +182,7 @@ def test_two_ranks_killed_in_every_way_and_resumed_are_undisturbed(manifest, tmp
 @pytest.mark.long
 def test_killed_at_twenty_random_times_it_ends_bit_for_bit_undisturbed(manifest, tmp_path):
     """Also while it starts, loads, and writes a state: it saves as often as it can."""
-    settings = changed(steps=1500, validation_interval=100)
+    settings = changed(steps=600, validation_interval=50)
     whole, out, state = (tmp_path / name for name in ("whole", "out", "state"))
     begin = time.monotonic()
     assert train(manifest, whole, settings, ranks=1).returncode == 0
