@@ -14,8 +14,9 @@ rule plan_training:
         "../envs/snakegpt.yaml"
     threads: TRAINING_THREADS
     resources:
-        mem_mb=2000,
+        mem_mb=8000,
         runtime=10,
+        gpu=GPU,
     params:
         settings=settings_of("plan_training"),
         code=code_of_stage("plan_training"),

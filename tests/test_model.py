@@ -150,6 +150,20 @@ def test_chunked_losses_change_no_gradient(shape):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["plain", "chunked"])
+def test_a_compiled_model_has_the_same_gradients(loss):
+    """Traced and differentiated ahead of time, as for inductor; without its compiler, which is slow."""
+    gradients = []
+    for compiled in (False, True):
+        model = drawn(MODERN, loss=loss)
+        network = torch.compile(model, backend="aot_eager") if compiled else model
+        network(ids(), ids(), documents_BT=ids() // 10).mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for wanted, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_forbids_what_the_mask_forbids(monkeypatch):
     """By its own slow way: its kernel is for GPUs, and so is its backward pass."""
     monkeypatch.setattr(snakegpt.model, "flex", lambda: flex_attention)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import collections
 import json
+import subprocess
+import sys
 
 import pytest
 from snakegpt.errors import UserError
 from snakegpt.settings import Execution, Model, Training
 from snakegpt.stages import plan_training as stage
+from train_fixtures import ENVIRONMENT
 
 Usage = collections.namedtuple("Usage", "total used free")
 
@@ -26,8 +29,11 @@ def make(tokenizer, tmp_path, *, execution=None, training=None, **arguments):
         "threads": 2,
         "corpus_bytes": None,
         "validation_fraction": 0.01,
+        "prices": {},
+        "arguments": [],
     } | arguments
-    execution = Execution.model_validate({"device": "cpu"} | (execution or {}))
+    chosen = {"device": "cpu", "calibration_steps": None} | (execution or {})
+    execution = Execution.model_validate(chosen)
     training = Training.model_validate(training or {})
     return stage.plan_training(Model(), training, execution, tokenizer, tmp_path, **given)
 
@@ -37,6 +43,7 @@ def test_the_124m_recipe_is_planned_by_its_command(tokenizer, tmp_path, capsys):
     execution = {
         "device": "cpu",
         "ranks": 2,
+        "calibration_steps": None,
         "label": "plan_training gpt2",
         "corpus_bytes": 28_000_000,
     }
@@ -74,3 +81,40 @@ def test_a_batch_that_is_no_whole_number_of_rows_names_its_neighbours(tokenizer,
 def test_ranks_that_do_not_divide_the_rows_are_refused(tokenizer, tmp_path):
     with pytest.raises(UserError, match="does not divide"):
         make(tokenizer, tmp_path, execution={"ranks": 3})
+
+
+SMALL = {
+    "model": {"layers": 2, "heads": 2, "channels": 32, "context": 32},
+    "training": {"batch_tokens": 256, "steps": 500, "warmup_steps": 5},
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_calibration_is_an_artefact_of_its_own_and_gives_the_time(tmp_path, ranks):
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text(json.dumps({"kind": "char", "n_vocab": 65}), encoding="utf-8")
+    how = {"device": "cpu", "threads": ranks, "ranks": ranks, "calibration_steps": 8}
+    command = [
+        *(sys.executable, "-m", "snakegpt.stages.plan_training", "--tokenizer", str(tokenizer)),
+        *("--settings", json.dumps(SMALL | {"prices": {"H100": 2.5}})),
+        *("--execution", json.dumps(how), "--out", str(tmp_path)),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text("utf-8"))
+    measured = json.loads((tmp_path / "calibration.json").read_text("utf-8"))
+    assert measured["steps"] == 5  # without the warm-up
+    assert plan["calibration"] == measured
+    assert plan["time_estimate_s"] == pytest.approx(500 * measured["step_s"])
+    assert plan["rate_tokens_per_s_estimate"] == pytest.approx(256 / measured["step_s"])
+    assert measured["peak_memory_bytes"] > 1e8
+    assert "5 steps measured" in done.stderr
+    assert "cost" in done.stderr
+
+
+def test_without_room_nothing_is_tried(tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage, "_available_memory", lambda device: 10**9)
+    make(tokenizer, tmp_path, execution={"calibration_steps": 20, "ranks": 1})
+    assert "no room to try it" in capsys.readouterr().err
+    assert not (tmp_path / "calibration.json").exists()
+    assert json.loads((tmp_path / "plan.json").read_text("utf-8"))["calibration"] is None

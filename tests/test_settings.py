@@ -58,6 +58,7 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
         ),
         ("experiments.gpt2.model.layers", "four", ["model.layers = 'four'", "valid integer"]),
         ("experiments.gpt2.model.dropout", 1.5, ["dropout = 1.5", "less than 1"]),
+        ("prices", {"H10": 2.5}, ["no datasheet of a GPU named 'H10'", "Nearest valid name: H100"]),
         ("execution.device", "gpu", ["execution.device = 'gpu'", "cpu"]),
         (
             "corpora.shakespeare.source.kind",

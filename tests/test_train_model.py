@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from snakegpt.huggingface_format import load_model
 from snakegpt.stages import train_model
 from snakegpt.training_state import newest_step
@@ -94,6 +96,32 @@ def test_what_it_leaves_loads_in_transformers_and_here(manifest, tmp_path):
     assert end["step"] == 12
     assert [line["step"] for line in metrics(out, "validation")] == [5, 10, 12]
     assert [line["tokens"] for line in metrics(out, "train")] == [64 * (i + 1) for i in range(12)]
+
+
+def test_a_modern_model_trained_with_muon_is_transformers_nanochat(manifest, tmp_path):
+    out = tmp_path / "out"
+    model = {k: v for k, v in SETTINGS["model"].items() if k != "bias"}
+    settings = {
+        "model": {**model, "architecture": "modern", "tie_embeddings": False},
+        "training": {
+            **SETTINGS["training"],
+            "optimizer": "muon",
+            "schedule": "warmup_stable_decay",
+            "document_masking": True,
+        },
+    }
+    done = train(manifest, out, settings, ranks=1, cross_entropy="chunked")
+    assert done.returncode == 0, done.stderr
+    losses = [line["loss"] for line in metrics(out, "train")]
+    assert losses[0] == pytest.approx(math.log(12), abs=1e-4)  # an untied head starts at zero
+    assert losses[-1] < 0.7 * losses[0]
+    (out / "model.safetensors").write_bytes((out / "weights.safetensors").read_bytes())
+    theirs = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(theirs).__name__ == "NanoChatForCausalLM"
+    config = json.loads((out / "config.json").read_text())
+    ours, ids = load_model(out / "weights.safetensors", config), torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_killed_stopped_and_resumed_is_undisturbed(manifest, tmp_path):

@@ -136,7 +136,7 @@ def test_stopped_and_resumed_is_undisturbed(manifest, tmp_path, monkeypatch, opt
     for event in ("train", "validation"):
         clean = [
             [
-                {k: v for k, v in line.items() if not k.endswith("_s")}
+                {k: v for k, v in line.items() if not k.endswith(("_s", "_share"))}
                 for line in metrics(tmp_path / o, event)
             ]
             for o in ("out", "again")

@@ -175,6 +175,7 @@ def test_a_second_run_does_nothing(project):
     [
         ("execution.log_interval_s", 1),
         ("execution.save_interval_s", 7),
+        ("execution.profile_step", 3),
         ("execution.download_workers", 2),
         ("execution.device", "cpu"),
         ("execution.ranks", 1),

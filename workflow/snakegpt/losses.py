@@ -13,7 +13,7 @@ from torch import Tensor
 
 LossKernel = Literal["plain", "chunked"]
 
-CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
+CHUNK_LOGITS = 1 << 23  # logits held at once: 32 MiB in float32
 PLAIN_LOGITS = 1 << 25  # below it the plain way is quicker and takes little
 
 
@@ -35,6 +35,11 @@ def token_losses(
     """
     if kernel == "plain":
         return F.cross_entropy(logits(x_NC, head_VC, softcap).float(), target_N, reduction="none")
+    return _chunked(x_NC, head_VC, target_N, softcap)
+
+
+@torch.compiler.disable  # a loop over large products: nothing in it could be fused
+def _chunked(x_NC: Tensor, head_VC: Tensor, target_N: Tensor, softcap: float | None) -> Tensor:
     device = x_NC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NC.dtype
     losses_N: Tensor = _ChunkedLosses.apply(x_NC, head_VC, target_N, softcap, dtype)
@@ -72,22 +77,25 @@ class _ChunkedLosses(torch.autograd.Function):
         grad_head_VC = torch.zeros_like(head_VC) if wants_head else None
         _pass(x_NC, head_VC, target_N, softcap, dtype, losses_N, grad_x_NC, grad_head_VC)
         ctx.softcap, ctx.dtype = softcap, dtype
-        ctx.save_for_backward(x_NC, head_VC, target_N, grad_x_NC, grad_head_VC)
+        ctx.save_for_backward(x_NC, head_VC, target_N)
+        # Not saved with them: autograd copies a gradient that somebody else still holds.
+        ctx.gradients = grad_x_NC, grad_head_VC
         return losses_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_NC, head_VC, target_N, grad_x_NC, grad_head_VC = ctx.saved_tensors
+        x_NC, head_VC, target_N = ctx.saved_tensors
+        (grad_x_NC, grad_head_VC), ctx.gradients = ctx.gradients, None  # used up: once only
         if grad_x_NC is not None:
-            grad_x_NC = grad_x_NC * factor_N.unsqueeze(1)
+            grad_x_NC.mul_(factor_N.unsqueeze(1))
         if grad_head_VC is not None:
             if (
                 factor_N.stride() == (0,) or len(factor_N) == 1
             ):  # one number, as a mean sends it back
-                grad_head_VC.mul_(factor_N[0])  # in place: autograd refuses to come here twice
+                grad_head_VC.mul_(factor_N[0])
             else:
-                grad_head_VC = torch.zeros_like(head_VC)
+                grad_head_VC.zero_()
                 losses_N = torch.empty_like(factor_N)
                 how = (ctx.softcap, ctx.dtype)
                 _pass(x_NC, head_VC, target_N, *how, losses_N, None, grad_head_VC, factor_N)

@@ -123,8 +123,8 @@ class Muon(torch.optim.Optimizer):
 
     What torch.optim.Muon computes, and in addition: the three matrices of a fused q k v are taken one by
     one (a group's `stacked`, by rows); matrices of one shape go through one product; ranks share them
-    out; sharded ones are gathered; and on CPU all of it is float32, since torch's fixed bfloat16 took 28
-    times as long where there are no instructions for it (16 matrices of 128 x 128: 280 ms against 10).
+    out; sharded ones are gathered; and on CPU all of it is float32, since torch's fixed bfloat16 took 17
+    times as long where there are no instructions for it (16 matrices of 128 x 128: 301 ms against 18).
 
     source  Jordan et al. 2024, kellerjordan.github.io/posts/muon: Nesterov momentum, five iterations, and
             steps larger by sqrt(rows / columns) where a matrix is taller than wide

@@ -284,6 +284,7 @@ class Pipeline:
                 "model": science(chosen.model),
                 "training": science(chosen.training),
                 "machine": machine(),
+                "prices": self.settings.prices,
             },
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
             execution={

@@ -1,28 +1,34 @@
-"""What a training run will take: parameters, memory, arithmetic, disk and time, before it is spent.
+"""What a training run will take: parameters, memory, arithmetic, disk, time and money, before it is spent.
 
-Arithmetic and one short measurement; nothing here builds a model or reads a token. Parameters and
-FLOPs are `snakegpt.model`'s and exact; memory and time are estimates, and the report sets them beside
-what really happened.
+Arithmetic alone; nothing here builds a model or reads a token. Parameters and FLOPs are `snakegpt.model`'s
+and exact; memory and time are estimates, and the report sets them beside what really happened.
+`snakegpt.calibration` measures what this machine does, `snakegpt.plan_text` says it all to people.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from snakegpt.distributed import Strategy
 from snakegpt.errors import UserError
+from snakegpt.gpus import GPUS, Gpu
+from snakegpt.losses import CHUNK_LOGITS, LossKernel, choose_loss
 from snakegpt.model import Shape, flops_per_token, n_parameters
-from snakegpt.progress import duration, quantity
+from snakegpt.optimizer import Muon, schedule_of
+from snakegpt.progress import quantity
+from snakegpt.settings import Training
 from snakegpt.shards import token_bytes
 
-# Share of the matrix-product rate that whole training steps reach. CPU: eager nanoGPT-like steps ran
-# at 55-70 % of the measured peak over models of 0.8M to 124M parameters (Zen 4, float32 and bfloat16).
-# CUDA: 40-50 % of the measured peak are public 124M figures (llm.c, modded-nanogpt) of tuned code.
+# Share of a peak that whole training steps reach, where nothing was measured. CPU, of a measured matrix
+# product: eager steps ran at 55-70 % over models of 0.8M to 124M parameters (Zen 4). GPUs, of the
+# datasheet's peak: public 124M figures are 29 % (nanoGPT), 40-50 % (nanochat, modded-nanogpt) and 60 %
+# (llm.c on an A100).
 EFFICIENCY = {"cpu": 0.6, "cuda": 0.4, "mps": 0.4}
 
 # UTF-8 bytes of English text per id. GPT-2: 3.2 (Shakespeare) to 5.2 (speeches), 4.4 on web text; on
@@ -30,19 +36,32 @@ EFFICIENCY = {"cpu": 0.6, "cuda": 0.4, "mps": 0.4}
 BYTES_PER_TOKEN = {"gpt2": 4.0, "tiktoken": 4.4, "bpe": 3.7, "char": 1.0, "byte": 1.0}
 
 # What a training process holds before its first tensor: interpreter, libraries, device context.
-RUNTIME_BYTES = {"cpu": 350_000_000, "cuda": 600_000_000, "mps": 350_000_000}
+RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 600_000_000, "mps": 400_000_000}
 
-STATES_AT_ONCE = 3  # the two that training_state keeps, and the next while it is written aside
+# Bytes that the backward pass finds, per token, layer and channel, in float32 and in half precision: what
+# autograd kept of a forward pass (torch 2.13). In gpt2 they are the residual stream before both norms
+# (float32) and 14 channels in the precision of the matrix products: norms 2, q k v 3, attention 1, MLP 4 + 4.
+ACTIVATION_BYTES = {
+    ("gpt2", "sdpa"): (64, 36),
+    ("gpt2", "math"): (64, 36),
+    ("modern", "sdpa"): (84, 50.5),
+    ("modern", "math"): (72, 44.5),
+}
+
+STATES_BESIDE = 2  # those kept: one to go back to, and the next while it is written aside
+USABLE = 0.92  # of a GPU's nominal memory: drivers, error correction, and room between blocks
+GPUS_A_NODE = 8
+SCHEDULE_POINTS = 60
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How training would run on this machine, as `snakegpt.distributed` resolves it.
+    """How training would run somewhere, as `snakegpt.placement` and `snakegpt.distributed` resolve it.
 
     rows_per_rank  sequences of a micro-batch
     accumulation   micro-batches of one rank a step: batch = ranks x rows_per_rank x accumulation rows
     threads        of one rank
-    attention      kernel: sdpa or math
+    attention      kernel: sdpa, math or flex
     """
 
     device: str
@@ -52,42 +71,78 @@ class Placement:
     accumulation: int
     threads: int
     attention: str
+    strategy: Strategy = "ddp"
+    loss: LossKernel = "plain"
+    activation_checkpointing: bool = False
 
 
 # ---- what a run holds and writes --------------------------------------------------------------
 
 
-def memory_bytes(shape: Shape, placement: Placement) -> dict[str, int]:
-    """Peak memory of one rank by what holds it, with `total`.
+def memory_bytes(shape: Shape, placement: Placement, optimizer: str = "adamw") -> dict[str, int]:
+    """Peak memory of one rank by what holds it, and `total`: the most that is held at once.
 
-    Parameters, gradients and AdamW moments are float32. Activations are what the backward pass reads,
-    per token and layer: the residual stream before both norms (2 C, float32), and 15 C in the precision
-    of the matrix products (norms 2, q k v 3, attention 2, MLP 4 + 4); Korthikanti et al. 2022 (eq. 2)
-    count 34 C bytes in half precision. The written-out attention also keeps its weights. Cross-entropy
-    peaks at 8 bytes a logit in float32 and 10 in bfloat16 (measured, torch 2.13).
+    That is less than the sum where gradients come only as activations go: in the one micro-batch of a
+    step of one rank. Weights, gradients and moments are float32 in every strategy; zero1 shares out the
+    moments, fsdp all three, and holds two blocks and the embeddings whole.
     """
-    N = n_parameters(shape)
+    N, R, C = n_parameters(shape), placement.ranks, shape.channels
+    block = 12 * C * C
+    embeddings = N - n_parameters(shape, embeddings=False)
+    moments = 8 * N if optimizer == "adamw" else 8 * N - 4 * shape.layers * block
+    shards = placement.strategy == "fsdp"
+    half = placement.precision != "float32"
     n_tokens = placement.rows_per_rank * shape.context
-    half = placement.precision == "bfloat16"
-    per_layer = shape.channels * (2 * 4 + 15 * (2 if half else 4))
-    if placement.attention == "math":
-        per_layer += shape.heads * shape.context * (6 if half else 4)
-    if shape.dropout:
-        per_layer += 2 * shape.channels  # the masks of both projections, a byte each
     memory = {
-        "weights": 4 * N,
-        "gradients": 4 * N,
-        "optimizer": 8 * N,
+        "weights": 4 * N // (R if shards else 1),
+        "gathered": 4 * (embeddings + 2 * block) if shards else 0,
+        "gradients": 4 * N // (R if shards else 1),
+        "optimizer": moments // (R if placement.strategy != "ddp" else 1),
         "half_precision_weights": 2 * N if half else 0,  # autocast keeps a copy during a pass
-        "activations": n_tokens * shape.layers * per_layer,
-        "logits": n_tokens * shape.vocabulary * (10 if half else 8),
+        "activations": round(n_tokens * _activation_bytes(shape, placement)),
+        "logits": _logits_bytes(shape, placement.loss, n_tokens, half=half),
         "runtime": RUNTIME_BYTES.get(placement.device, RUNTIME_BYTES["cpu"]),
     }
-    return {**memory, "total": sum(memory.values())}
+    always = memory["weights"] + memory["gathered"] + memory["optimizer"] + memory["runtime"]
+    passing = memory["half_precision_weights"] + memory["activations"] + memory["logits"]
+    # Where no gradient is there yet, the head's comes first, beside all that.
+    gradients_first = placement.accumulation == 1 and R == 1
+    early = 4 * shape.vocabulary * C if gradients_first else memory["gradients"]
+    late = memory["gradients"] + memory["half_precision_weights"]
+    moving = memory["gradients"]
+    if optimizer == "muon":  # the new matrices, and four that the iteration holds of a product
+        largest = min(Muon.BATCH_ELEMENTS, shape.layers * 4 * C * C)
+        moving += 4 * shape.layers * block + 4 * 4 * largest
+    return {**memory, "total": always + max(passing + early, late, moving)}
+
+
+def _activation_bytes(shape: Shape, placement: Placement) -> float:
+    """Of a token: what all layers keep for the backward pass."""
+    half = placement.precision != "float32"
+    kernel = "math" if placement.attention == "math" else "sdpa"
+    layer = shape.channels * ACTIVATION_BYTES[shape.architecture, kernel][half]
+    if kernel == "math":  # the weights of attention, which softmax gives in float32 on a GPU
+        layer += (
+            shape.heads * shape.context * (4 if not half else 6 if placement.device != "cpu" else 2)
+        )
+    if shape.dropout:
+        layer += 2 * shape.channels  # the masks of both projections, a byte each
+    if placement.activation_checkpointing:  # what goes into each block, and one block in full
+        return shape.layers * shape.channels * 4 + layer
+    return shape.layers * layer
+
+
+def _logits_bytes(shape: Shape, loss: LossKernel, n_tokens: int, *, half: bool) -> int:
+    """What cross-entropy holds at its peak: measured with torch 2.13, in bytes a logit."""
+    each = (10 if half else 8) + (8 if shape.softcap is not None else 0)
+    if loss == "plain":
+        return n_tokens * shape.vocabulary * each
+    # A chunk; the gradients of its inputs are made with it.
+    return min(n_tokens * shape.vocabulary, CHUNK_LOGITS) * each + 4 * n_tokens * shape.channels
 
 
 def disk_bytes(
-    shape: Shape, corpus_bytes: int | None, corpus_tokens: int | None
+    shape: Shape, corpus_bytes: int | None, corpus_tokens: int | None, keep_states: int = 2
 ) -> dict[str, int | None]:
     """What a run writes, by kind: raw corpus, token shards, last and best weights, saved states.
 
@@ -100,9 +155,120 @@ def disk_bytes(
         if corpus_tokens is not None
         else None,
         "weights": 2 * 4 * N,
-        "states": STATES_AT_ONCE * 16 * N,
+        "states": (keep_states + STATES_BESIDE) * 16 * N,
     }
     return {**disk, "total": sum(n_bytes for n_bytes in disk.values() if n_bytes is not None)}
+
+
+# ---- elsewhere --------------------------------------------------------------------------------
+
+
+def fitting(
+    shape: Shape, training: Training, precision: str, ranks: int, memory_gib: float
+) -> tuple[Placement, int] | None:
+    """How the run fits GPUs of this nominal memory, and a rank's bytes there; None if it does not.
+
+    The strategy that shares least and the largest micro-batch that fits, as training would choose them;
+    activations are computed twice only where nothing fits otherwise.
+    """
+    rows = training.batch_tokens // shape.context
+    if ranks > rows or rows % ranks:
+        return None
+    room = USABLE * memory_gib * 2**30
+    share = rows // ranks
+    strategies: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp") if ranks > 1 else ("ddp",)
+    for twice in (False, True):
+        for strategy in strategies:
+            for micro_rows in (r for r in range(share, 0, -1) if share % r == 0):
+                dtype = getattr(torch, precision)
+                placement = Placement(
+                    device="cuda",
+                    precision=precision,
+                    ranks=ranks,
+                    rows_per_rank=micro_rows,
+                    accumulation=share // micro_rows,
+                    threads=1,
+                    attention="sdpa",
+                    strategy=strategy,
+                    loss=choose_loss(shape.vocabulary, micro_rows * shape.context, dtype),
+                    activation_checkpointing=twice,
+                )
+                need = memory_bytes(shape, placement, training.optimizer)["total"]
+                if need <= room:
+                    return placement, need
+    return None
+
+
+def on_gpus(
+    shape: Shape, training: Training, prices: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """The run on one GPU and on a node of eight, for every GPU in the table.
+
+    prices  of an hour of one GPU, by name, as the settings give them; without one there is no cost
+    """
+    for gpu in GPUS:
+        for n in (1, GPUS_A_NODE):
+            yield _on_gpu(gpu, n, shape, training, prices.get(gpu.name))
+
+
+def _on_gpu(
+    gpu: Gpu, n: int, shape: Shape, training: Training, price: float | None
+) -> dict[str, Any]:
+    precision = "bfloat16" if gpu.bfloat16 else "float16"
+    row: dict[str, Any] = {"gpu": gpu.name, "gpus": n, "precision": precision}
+    rows = training.batch_tokens // shape.context
+    if rows % n:
+        return {**row, "fits": False, "reason": f"{n} GPUs cannot share {rows:,} rows evenly"}
+    found = fitting(shape, training, precision, n, gpu.memory)
+    if found is None:
+        return {**row, "fits": False, "reason": "too little memory"}
+    placement, need = found
+    peak = gpu.peak_flops_per_s(precision)
+    assert peak is not None
+    # Activations computed twice: a forward pass more, which is a third of the rest.
+    flops = flops_per_token(shape) * (4 / 3 if placement.activation_checkpointing else 1)
+    rate = EFFICIENCY["cuda"] * peak * n / flops
+    time_s = training.batch_tokens * training.steps / rate
+    return {
+        **row,
+        "fits": True,
+        "strategy": placement.strategy,
+        "rows_per_rank": placement.rows_per_rank,
+        "accumulation": placement.accumulation,
+        "activation_checkpointing": placement.activation_checkpointing,
+        "memory_bytes": need,
+        "rate_tokens_per_s": rate,
+        "time_s": time_s,
+        "cost": None if price is None else price * n * time_s / 3600,
+    }
+
+
+def verdict(shape: Shape, training: Training) -> str:
+    """The least that the run needs, in a sentence: one GPU if one will do, else a node, else nodes."""
+    for memory in (8, 12, 16, 24, 32, 40, 48, 80):
+        found = fitting(shape, training, "bfloat16", 1, memory)
+        if found:
+            return f"fits with ddp on one {memory} GB GPU{_twice(found[0])}"
+    for memory in (16, 24, 40, 48, 80):
+        found = fitting(shape, training, "bfloat16", GPUS_A_NODE, memory)
+        if found:
+            strategy = found[0].strategy
+            return f"does not fit below {GPUS_A_NODE} x {memory} GB: use {strategy} there{_twice(found[0])}"
+    for nodes in (2, 4, 8, 16, 32, 64, 128):
+        found = fitting(shape, training, "bfloat16", nodes * GPUS_A_NODE, 80)
+        if found:
+            return (
+                f"does not fit below {nodes * GPUS_A_NODE} x 80 GB: use fsdp on {nodes} nodes"
+                f"{_twice(found[0])}"
+            )
+    return (
+        "fits no number of 80 GB GPUs that the rows of a step can be shared among: model and context"
+        " want tensor or pipeline parallelism, which snakegpt does not have"
+    )
+
+
+def _twice(placement: Placement) -> str:
+    return ", activations computed twice" if placement.activation_checkpointing else ""
 
 
 # ---- the plan --------------------------------------------------------------------------------
@@ -111,65 +277,79 @@ def disk_bytes(
 def plan(
     shape: Shape,
     placement: Placement,
+    training: Training,
     *,
-    batch_tokens: int,
-    steps: int,
-    validation_interval: int,
-    validation_tokens: int | None,
     tokenizer_kind: str,
     corpus_bytes: int | None,
     validation_fraction: float,
     matmul_flops_per_s: float,
+    calibration: Mapping[str, Any] | None = None,
+    prices: Mapping[str, float] | None = None,
+    keep_states: int = 2,
 ) -> dict[str, Any]:
     """Everything that can be said about a run beforehand, as `plan.json` holds it.
 
     corpus_bytes         raw bytes of the corpus; None while it is not locked
     matmul_flops_per_s   measured rate of the devices of all ranks together
+    calibration          what `snakegpt.calibration` measured; None leaves an efficiency to be assumed
     """
-    tokens = batch_tokens * steps
+    tokens = training.batch_tokens * training.steps
     bytes_per_token = BYTES_PER_TOKEN.get(tokenizer_kind, 4.0)
     corpus_tokens = None if corpus_bytes is None else round(corpus_bytes / bytes_per_token)
     flops = flops_per_token(shape)
-    limits = [validation_tokens]
+    limits = [training.validation_tokens]
     if corpus_tokens is not None:
         limits.append(round(corpus_tokens * validation_fraction))
     per_validation = min((limit for limit in limits if limit is not None), default=0)
-    validated = math.ceil(steps / validation_interval) * per_validation
+    validated = math.ceil(training.steps / training.validation_interval) * per_validation
     efficiency = EFFICIENCY.get(placement.device, EFFICIENCY["cpu"])
-    reached = efficiency * matmul_flops_per_s
+    rate = efficiency * matmul_flops_per_s / flops
+    if calibration is not None:
+        rate = training.batch_tokens / calibration["step_s"]
     return {
-        "device": placement.device,
-        "precision": placement.precision,
-        "ranks": placement.ranks,
-        "rows_per_rank": placement.rows_per_rank,
-        "accumulation": placement.accumulation,
-        "threads": placement.threads,
-        "attention": placement.attention,
+        **dataclasses.asdict(placement),
+        "architecture": shape.architecture,
+        "optimizer_kind": training.optimizer,
         "n_vocab_padded": shape.vocabulary,
         "n_parameters": n_parameters(shape),
         "n_parameters_without_embedding": n_parameters(shape, embeddings=False),
-        "memory_bytes": memory_bytes(shape, placement),
+        "memory_bytes": memory_bytes(shape, placement, training.optimizer),
         "flops_per_token": flops,
         "total_flops": flops * tokens,
-        "batch_tokens": batch_tokens,
-        "steps": steps,
+        "batch_tokens": training.batch_tokens,
+        "steps": training.steps,
         "tokens": tokens,
         "corpus_bytes": corpus_bytes,
         "corpus_tokens_estimate": corpus_tokens,
         "epochs_estimate": tokens / corpus_tokens if corpus_tokens else None,
-        "disk_bytes": disk_bytes(shape, corpus_bytes, corpus_tokens),
+        "disk_bytes": disk_bytes(shape, corpus_bytes, corpus_tokens, keep_states),
         "matmul_flops_per_s": matmul_flops_per_s,
-        "rate_tokens_per_s_estimate": reached / flops,
-        "time_estimate_s": flops * tokens / reached,
+        "calibration": None if calibration is None else dict(calibration),
+        "rate_tokens_per_s_estimate": rate,
+        "time_estimate_s": tokens / rate,
         # Forward passes only: a third of the arithmetic.
-        "validation_time_estimate_s": flops * validated / 3 / reached,
+        "validation_time_estimate_s": validated / 3 / rate,
+        "learning_rates": learning_rates(training),
+        "gpus": list(on_gpus(shape, training, prices or {})),
+        "verdict": verdict(shape, training),
         "assumptions": {
             "bytes_per_token": bytes_per_token,
-            "efficiency": efficiency,
+            "efficiency": None if calibration is not None else efficiency,
+            "gpu_efficiency": EFFICIENCY["cuda"],
             "validation_fraction": validation_fraction,
             "flops": "6 N + 12 L C T a token, N without position embeddings (PaLM, nanoGPT)",
         },
     }
+
+
+def learning_rates(training: Training) -> list[list[float]]:
+    """The schedule as a curve: some [step, learning rate], ends and corners among them."""
+    schedule = schedule_of(training)
+    last = training.steps - 1
+    steps = {round(last * index / SCHEDULE_POINTS) for index in range(SCHEDULE_POINTS + 1)}
+    corners = (schedule.warmup_steps, schedule.decay_steps - schedule.cooldown_steps)
+    steps |= {min(corner, last) for corner in corners} | {min(schedule.decay_steps, last)}
+    return [[step, training.learning_rate * schedule.at(step)] for step in sorted(steps)]
 
 
 def refuse_what_cannot_fit(
@@ -194,117 +374,3 @@ def refuse_what_cannot_fit(
                 "  free some space, point the store elsewhere (store: in config.yaml, or"
                 " SNAKEGPT_STORE),\n  or plan a smaller model or corpus"
             )
-
-
-# ---- measurement -----------------------------------------------------------------------------
-
-
-def measure_matmul(device: str, precision: str, *, limit_s: float = 0.5) -> float:
-    """FLOP/s of square matrix products on one device with the threads torch is set to, best of many.
-
-    The best time and not the mean: what the device can do, since EFFICIENCY is relative to that.
-    """
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    n = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    synchronise = getattr(torch, device).synchronize if device in ("cuda", "mps") else lambda: None
-    best = math.inf
-    started = time.perf_counter()
-    for _ in range(3):  # let clocks rise and libraries choose their kernels
-        torch.mm(a, b)
-    synchronise()
-    while time.perf_counter() - started < limit_s or best == math.inf:
-        before = time.perf_counter()
-        torch.mm(a, b)
-        synchronise()
-        best = min(best, time.perf_counter() - before)
-    return 2 * n**3 / best
-
-
-# ---- for people ------------------------------------------------------------------------------
-
-
-def table(plan: Mapping[str, Any]) -> list[str]:
-    """The plan as lines of at most 80 columns: what, how much, how it is made up."""
-    memory, disk, assumed = plan["memory_bytes"], plan["disk_bytes"], plan["assumptions"]
-    batch = (
-        f"{plan['ranks']} ranks x {plan['rows_per_rank']} rows x {plan['accumulation']} accumulated"
-        if plan["ranks"] > 1
-        else f"{plan['rows_per_rank']} rows x {plan['accumulation']} accumulated, one process"
-    )
-    states = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    corpus, epochs = plan["corpus_tokens_estimate"], plan["epochs_estimate"]
-    rows = [
-        (
-            "parameters",
-            quantity(plan["n_parameters"]),
-            f"{quantity(plan['n_parameters_without_embedding'])} without embeddings,"
-            f" vocabulary {plan['n_vocab_padded']:,}",
-        ),
-        ("batch", f"{plan['batch_tokens']:,} tokens", batch),
-        ("steps", f"{plan['steps']:,}", f"{quantity(plan['tokens'])} tokens in all"),
-        (
-            "corpus",
-            "unknown" if corpus is None else f"{quantity(corpus)} tokens",
-            "until it is locked: snakemake lock_corpora"
-            if corpus is None
-            else f"{epochs:{',.0f' if epochs >= 100 else '.3g'}} epochs, at {assumed['bytes_per_token']:g} bytes a token (assumed)",
-        ),
-        (
-            "arithmetic",
-            f"{plan['total_flops']:.3g} FLOP",
-            f"{quantity(plan['flops_per_token'], 'FLOP')} a token (6N + 12LCT)",
-        ),
-        (
-            "memory a rank",
-            quantity(memory["total"], "B"),
-            f"state {quantity(states, 'B')}, activations"
-            f" {quantity(memory['activations'], 'B')}, logits {quantity(memory['logits'], 'B')}",
-        ),
-        ("", "", f"{quantity(plan['available_memory_bytes'], 'B')} available here"),
-        (
-            "disk",
-            quantity(disk["total"], "B"),
-            f"tokens {quantity(disk['tokens'], 'B') if disk['tokens'] is not None else 'unknown'},"
-            f" weights {quantity(disk['weights'], 'B')}, states {quantity(disk['states'], 'B')}",
-        ),
-        ("", "", f"{quantity(plan['free_disk_bytes'], 'B')} free here"),
-        (
-            "speed",
-            f"{quantity(plan['rate_tokens_per_s_estimate'])} tokens/s",
-            f"{assumed['efficiency']:.0%} of {quantity(plan['matmul_flops_per_s'], 'FLOP/s')}"
-            f" measured, {plan['precision']} on {plan['device']}",
-        ),
-        (
-            "time",
-            clock(plan["time_estimate_s"]),
-            f"an estimate; and {clock(plan['validation_time_estimate_s'])} of validations",
-        ),
-    ]
-    return [f"  {name:<15}{value:<17}{how}".rstrip() for name, value, how in rows]
-
-
-def warnings(plan: Mapping[str, Any]) -> list[str]:
-    """What may go wrong, one line each."""
-    found = []
-    # Ranks on CPU share the machine's memory; each GPU has its own.
-    sharing = plan["ranks"] if plan["device"] == "cpu" else 1
-    memory = plan["memory_bytes"]["total"] * sharing
-    if memory > plan["available_memory_bytes"]:
-        found.append(
-            f"about {quantity(memory, 'B')} of memory are needed and"
-            f" {quantity(plan['available_memory_bytes'], 'B')} are available:"
-            " set execution.rows_per_rank lower"
-        )
-    if plan["disk_bytes"]["total"] > plan["free_disk_bytes"]:
-        found.append(
-            f"{quantity(plan['disk_bytes']['total'], 'B')} will be written in all and"
-            f" {quantity(plan['free_disk_bytes'], 'B')} are free: enough only if corpus and tokens are"
-            " already there"
-        )
-    return found
-
-
-def clock(seconds: float) -> str:
-    """A planned time as people say it: seconds to minutes exactly, days from two days on."""
-    return duration(seconds) if seconds < 172_800 else f"{seconds / 86_400:.3g} days"

@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from snakegpt.errors import UserError, nearest
+from snakegpt.gpus import GPUS
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Scale = Literal["laptop", "full"]
@@ -475,6 +476,14 @@ class Execution(Closed):
     """Seconds between progress lines."""
     save_interval_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds between saved training states."""
+    calibration_steps: Annotated[int, Field(ge=4)] | None = 20
+    """Updates that a plan tries on this machine to know how long a step takes, as many as 20 seconds allow; null: it assumes a share of what a matrix product reaches."""
+    profile_step: Annotated[int, Field(ge=0)] | None = 10
+    """Updates after each start of training before the three whose time is taken part by part (data, forward, backward, optimiser, communication, waiting); null: none."""
+    tensorboard: Annotated[str, Field(min_length=1)] | None = None
+    """Folder for TensorBoard's event files, one folder a run; needs the package tensorboard. Null: none."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases to report to; needs the package wandb, whose environment variables (WANDB_MODE=offline, ...) count. Null: none."""
     keep_states: Annotated[int, Field(ge=1)] = 2
     """Newest training states that stay; 12 bytes a parameter each, with adamw."""
     stop_timeout_s: Annotated[float, Field(gt=0)] = 120.0
@@ -542,12 +551,23 @@ class Settings(Closed):
     default_experiments: list[Name] = []
     """Experiments whose reports plain `snakemake` builds."""
     execution: Execution = Execution()
+    prices: dict[Annotated[str, Field(pattern=r"^\S")], Annotated[float, Field(ge=0)]] = {}
+    """What an hour of one GPU costs you, in any currency, by its name in docs/plan.md; for plans."""
     corpora: dict[Name, Corpus]
     """Text sources by name."""
     tokenizers: dict[Name, Tokenizer]
     """Tokenizers by name."""
     experiments: dict[Name, Experiment]
     """Experiments by name; each gets targets train_<name>, evaluate_<name>, sample_<name>, report_<name>."""
+
+    @field_validator("prices")
+    @classmethod
+    def _are_of_known_gpus(cls, prices: dict[str, float]) -> dict[str, float]:
+        known = [gpu.name for gpu in GPUS]
+        for name in prices:
+            if name not in known:
+                raise ValueError(f"no datasheet of a GPU named '{name}'.{nearest(name, known)}")
+        return prices
 
     def experiment(self, name: str) -> Experiment:
         return _named(self.experiments, name, "experiment")

@@ -6,12 +6,11 @@ What is here decides them too, and counts through that stage's REVISION, which a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,17 +22,22 @@ from torch import Tensor
 
 from snakegpt.batches import TokenStream
 from snakegpt.continuation import Finished, fill, leave
+from snakegpt.counters import peak_memory_bytes
 from snakegpt.distributed import Group, StartAgain, StopRequest
 from snakegpt.durable import write_atomically, write_text_atomically
 from snakegpt.errors import Interrupted, UserError
+from snakegpt.hardware import device_name, measure_matmul
 from snakegpt.huggingface_format import save_weights
-from snakegpt.model import Shape, n_parameters
-from snakegpt.progress import Progress, quantity, say
+from snakegpt.metrics import Audience, Recorder, Work
+from snakegpt.model import Shape, flops_per_token, n_parameters
+from snakegpt.progress import quantity, say
 from snakegpt.settings import Training
 from snakegpt.stability import as_json
-from snakegpt.training_state import Metrics, Saved, StateFolder
+from snakegpt.training_state import Saved, StateFolder
 from snakegpt.updates import Launch, TooLarge, Updates
 from snakegpt.watchdog import Watchdog
+
+MATMUL_LIMIT_S = 0.2  # of the matrix products that the rates are compared with
 
 
 class Unstable(Exception):
@@ -75,6 +79,7 @@ class Trainer:
         self.step = 0  # updates done, or skipped
         self.skipped_batches = 0  # of the order, where training went back
         self.rollbacks = 0
+        self.matmul_flops_per_s: float | None = None  # of all ranks together
         self.busy_s = 0.0  # in updates: without validation, saving and start-up
         self.best_step, self.best_loss = 0, math.inf
 
@@ -110,19 +115,16 @@ class Trainer:
         if saved:
             self._resume(saved)
         self.updates.start(self.step + self.skipped_batches)
-        metrics = Metrics(self.states.metrics, saved and saved.step) if self.group.leads else None
+        metrics = self._recorder(saved)
         if metrics:
             self._describe(metrics, saved)
         recipe, label, updates = self.recipe, self.launch.label, self.updates
         every = max(1, recipe.steps // 1000)  # a thousand points make a full chart
-        interval_s = self.launch.log_interval_s
-        progress = Progress(label, recipe.steps, "steps", done=self.step, interval_s=interval_s)
         saved_at = time.monotonic()
-        validation = f"val {self.best_loss:.3f}" if self.best_step else ""
-        since_s, since_steps = self.busy_s, self.step
         while self.step < recipe.steps:
             started = time.monotonic()
-            norm = updates.update(self.step, self.step + self.skipped_batches)
+            with metrics.around(self.step) if metrics else contextlib.nullcontext():
+                norm = updates.update(self.step, self.step + self.skipped_batches)
             self.step += 1
             last = self.step == recipe.steps
             logs = last or self.step % every == 0
@@ -133,33 +135,24 @@ class Trainer:
             good = False
             if logs or validates or self.step == 1:
                 self._note_skipped(metrics)
-            if logs:
-                rate = recipe.batch_tokens * (self.step - since_steps) / (self.busy_s - since_s)
-                since_s, since_steps = self.busy_s, self.step
-                if metrics and math.isfinite(mean_loss):
-                    metrics.write(
-                        "train",
-                        step=self.step,
-                        loss=mean_loss,
-                        learning_rate=recipe.learning_rate * updates.schedule.at(self.step - 1),
-                        gradient_norm=as_json(float(norm)),
-                        tokens=self.step * recipe.batch_tokens,
-                        elapsed_s=round(self.busy_s, 3),
-                        rate_tokens_per_s=round(rate, 1),
-                    )
-                    facts = [f"loss {mean_loss:.3f}", validation, quantity(rate, " tokens/s")]
-                    progress.update(self.step, *filter(None, facts))
+            if logs and metrics and math.isfinite(mean_loss):
+                metrics.trained(
+                    self.step,
+                    loss=mean_loss,
+                    gradient_norm=float(norm),
+                    learning_rates=updates.learning_rates(self.step - 1),
+                    busy_s=self.busy_s,
+                )
             if logs or validates or self.step == 1:
                 self._require_steady()
             if validates:
                 val_loss = updates.validate(watchdog.beat)
                 if not math.isfinite(val_loss):
                     raise Unstable(f"the validation loss is {val_loss}")
-                validation = f"val {val_loss:.3f}"
                 self._keep_if_best(val_loss)
                 good = updates.judge.in_a_row == 0 and recipe.rollbacks > 0
                 if metrics:
-                    metrics.write("validation", step=self.step, loss=val_loss)
+                    metrics.validated(self.step, val_loss)
             due = time.monotonic() - saved_at >= self.launch.save_interval_s
             stopping, due = self._agreed(stop.came, due and self.group.leads)
             if due or stopping or last or good:
@@ -180,7 +173,7 @@ class Trainer:
 
     # ---- what is not taken, and going back ----
 
-    def _note_skipped(self, metrics: Metrics | None) -> None:
+    def _note_skipped(self, metrics: Recorder | None) -> None:
         for step, loss, norm in self.updates.judge.look():
             if metrics:
                 facts = {"loss": as_json(loss), "gradient_norm": as_json(norm)}
@@ -309,7 +302,7 @@ class Trainer:
 
     # ---- what is said ----
 
-    def _finish(self, metrics: Metrics) -> None:
+    def _finish(self, metrics: Recorder) -> None:
         metrics.write(
             "end",
             step=self.step,
@@ -317,13 +310,45 @@ class Trainer:
             rate_tokens_per_s=round(
                 self.step * self.recipe.batch_tokens / max(self.busy_s, 1e-9), 1
             ),
-            peak_memory_bytes=_peak_memory_bytes(self.launch.device),
+            peak_memory_bytes=peak_memory_bytes(self.launch.device),
             best_step=self.best_step,
             best_loss=self.best_loss,
         )
         metrics.close()
 
-    def _describe(self, metrics: Metrics, saved: Saved | None) -> None:
+    def _recorder(self, saved: Saved | None) -> Recorder | None:
+        """What is seen, on the leading rank. All ranks call: their devices are measured at once."""
+        launch, updates = self.launch, self.updates
+        precision = str(launch.dtype).removeprefix("torch.")
+        if self.matmul_flops_per_s is None:
+            mine = measure_matmul(launch.device, precision, limit_s=MATMUL_LIMIT_S)
+            everyone = self.group.sum(torch.tensor(mine, dtype=torch.float64))
+            self.matmul_flops_per_s = float(everyone)
+        if not self.group.leads:
+            return None
+        work = Work(
+            label=launch.label,
+            steps=self.recipe.steps,
+            batch_tokens=self.recipe.batch_tokens,
+            flops_per_token=flops_per_token(self.shape),
+            device=launch.device,
+            device_name=device_name(launch.device),
+            precision=precision,
+            ranks=self.group.ranks,
+            micro_batches=updates.accumulation,
+            matmul_flops_per_s=self.matmul_flops_per_s,
+        )
+        return Recorder(
+            self.states.metrics,
+            saved and saved.step,
+            work,
+            Audience(launch.log_interval_s, launch.profile_step, launch.tensorboard, launch.wandb),
+            done=self.step,
+            busy_s=self.busy_s,
+            best=f"val {self.best_loss:.3f}" if self.best_step else "",
+        )
+
+    def _describe(self, metrics: Recorder, saved: Saved | None) -> None:
         if saved and "from_step" in saved.note:
             metrics.write(
                 "rolled_back",
@@ -335,7 +360,7 @@ class Trainer:
             return
         launch, updates = self.launch, self.updates
         facts: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if launch.device == "cuda" else launch.device,
+            "device": device_name(launch.device),
             "ranks": self.group.ranks,
             "strategy": launch.strategy if self.group.ranks > 1 else None,
             "deterministic": launch.deterministic,
@@ -347,6 +372,7 @@ class Trainer:
             "threads": launch.threads,
             "n_parameters": n_parameters(self.shape),
             "torch": torch.__version__,
+            **metrics.describe(),
             "host_cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         }
         if saved is None:
@@ -368,11 +394,3 @@ class Trainer:
         return tuple(
             map(bool, self.group.sum(torch.tensor(conditions, dtype=torch.int32)).tolist())
         )
-
-
-def _peak_memory_bytes(device: str) -> int:
-    """Most memory this rank ever held, on its GPU or else as a process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

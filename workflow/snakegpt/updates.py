@@ -22,6 +22,7 @@ from snakegpt.fitting import compute_twice, largest_that_fits, smaller, why_it_d
 from snakegpt.losses import LossKernel
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import schedule_of, set_learning_rate
+from snakegpt.parts import part
 from snakegpt.prefetch import ahead_of
 from snakegpt.progress import say
 from snakegpt.settings import Training
@@ -55,6 +56,9 @@ class Launch:
     deterministic: bool = False
     activation_checkpointing: bool = False
     keep_states: int = 2
+    profile_step: int | None = None
+    tensorboard: str | None = None
+    wandb: str | None = None
 
 
 class TooLarge(Exception):
@@ -134,6 +138,11 @@ class Updates:
                 raise TooLarge
             self.shrink()
             self.start(place)
+        with part("optimizer"):
+            return self._move(step)
+
+    def _move(self, step: int) -> Tensor:
+        """Take the step that the gradients say, if it is not refused; returns the gradient's norm."""
         set_learning_rate(self.strategy.optimizers, self.schedule.at(step))
         if self.judge.scale is not None:
             self.strategy.unscale(self.judge.scale)
@@ -158,18 +167,29 @@ class Updates:
         counts = self.strategy.begin(self.accumulation)
         self._losses_of_step = []
         for index in range(self.accumulation):
-            ids_BT, targets_BT = next(self._micro_batches)
+            with part("data"):
+                ids_BT, targets_BT = next(self._micro_batches)
             if self.shape.dropout:
                 # A function of the batch's rows, whichever rank has them: nothing of it needs saving.
                 row = self.group.rank * self.share + index * self.micro_rows
                 torch.manual_seed(mixed(self.recipe.seed, place, row))
             with self.strategy.exchanging(index == self.accumulation - 1):
-                loss = self._losses(self.strategy.network, ids_BT, targets_BT).mean()
-                weighed = loss * counts
-                (weighed if self.judge.scale is None else weighed * self.judge.scale).backward()
+                with part("forward"):
+                    loss = self._losses(self.strategy.network, ids_BT, targets_BT).mean()
+                    weighed = loss * counts
+                with part("backward"):
+                    (weighed if self.judge.scale is None else weighed * self.judge.scale).backward()
             self.strategy.added()
             self._losses_of_step.append(loss.detach())
         self.strategy.finish()
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """The rates of the update that follows `step` updates, by name."""
+        factor, recipe = self.schedule.at(step), self.recipe
+        rates = {"learning_rate": recipe.learning_rate * factor}
+        if recipe.muon_learning_rate is not None:
+            rates["muon_learning_rate"] = recipe.muon_learning_rate * factor
+        return rates
 
     def mean_loss(self) -> Tensor:
         """Mean loss of the last step over all ranks, nats, on the device. All ranks ask."""

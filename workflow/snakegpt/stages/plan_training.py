@@ -1,8 +1,8 @@
 """Say what a training run will take, as a table and as plan.json, before anything is spent.
 
-Reads: tokenizer.json. Writes: plan.json, UTF-8: parameters, FLOPs, tokens, steps, epochs, memory of a
-rank and disk in bytes, and a time that follows from half a second of matrix products measured here.
-By hand:
+Reads: tokenizer.json. Writes, UTF-8: plan.json (parameters, FLOPs, tokens, steps, epochs, memory of a rank
+by part, disk, time here and on the GPUs of a table, a verdict) and, where it could be measured,
+calibration.json (seconds of a step and peak memory of some real updates on made-up tokens). By hand:
 
     python -m snakegpt.stages.plan_training --tokenizer results/tokenizers/gpt2/tokenizer.json \\
         --settings '{"model": {"layers": 12}, "training": {"steps": 1000}}' --out /tmp/plan
@@ -11,22 +11,29 @@ By hand:
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from snakegpt import distributed, planning
+from snakegpt import distributed, plan_text, planning
+from snakegpt.calibration import calibrate
 from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser, write_json
+from snakegpt.distributed import Group
 from snakegpt.errors import UserError, reports_errors
-from snakegpt.model import Shape
+from snakegpt.hardware import measure_matmul
+from snakegpt.model import Shape, flops_per_token, n_parameters
 from snakegpt.placement import choose_passes, shape_of
-from snakegpt.progress import say
-from snakegpt.settings import Execution, Model, Training, Validation
+from snakegpt.progress import quantity, say
+from snakegpt.settings import Execution, Model, Training, Validation, model_problems
+from snakegpt.updates import Launch
 
-REVISION = 1  # bump when the bytes of plan.json change by code outside SCIENCE
-SCIENCE = ("snakegpt.planning",)
+REVISION = 2  # bump when the bytes of plan.json change by code outside SCIENCE
+SCIENCE = ("snakegpt.planning", "snakegpt.calibration")
+
+CALIBRATION_LIMIT_S = 20.0
 
 
 def plan_training(
@@ -40,40 +47,71 @@ def plan_training(
     threads: int,
     corpus_bytes: int | None,
     validation_fraction: float,
-) -> dict[str, Any]:
+    prices: dict[str, float],
+    arguments: list[str],
+) -> None:
     """Plan a run on this machine, print the plan and write it to plan.json in `out`.
 
     corpus_bytes  raw size of the corpus; None while it is not locked
+    prices        of an hour of one GPU, by its name in the table
+    arguments     this command's own, for the ranks that calibrate together
     raises        UserError if settings and machine do not fit each other, or the disk is too small
     """
+    if problems := model_problems(model, "model"):
+        raise UserError("\n".join(problems))
     described = read_json(tokenizer, "n_vocab", "kind")
     shape = shape_of(model, described["n_vocab"])
     placement = _place(model, training, execution, shape, threads)
-    torch.set_num_threads(placement.threads * placement.ranks)
-    say(f"{label}  measures matrix products on {placement.device}")
-    rate = planning.measure_matmul(placement.device, placement.precision)
-    plan = planning.plan(
-        shape,
-        placement,
-        batch_tokens=training.batch_tokens,
-        steps=training.steps,
-        validation_interval=training.validation_interval,
-        validation_tokens=training.validation_tokens,
-        tokenizer_kind=described["kind"],
-        corpus_bytes=corpus_bytes,
-        validation_fraction=validation_fraction,
-        matmul_flops_per_s=rate * (placement.ranks if placement.device == "cuda" else 1),
-    )
-    disk = shutil.disk_usage(out)
-    memory = _available_memory(placement.device)
-    plan |= {"free_disk_bytes": disk.free, "available_memory_bytes": memory}
-    for line in (label, *planning.table(plan)):
-        say(line)
-    planning.refuse_what_cannot_fit(plan["disk_bytes"], disk.free, disk.total, "this disk")
-    for warning in planning.warnings(plan):
-        say(f"  warning: {warning}")
-    write_json(out / "plan.json", plan)
-    return plan
+    disk, available = shutil.disk_usage(out), _available_memory(placement.device)
+    corpus_disk = planning.disk_bytes(shape, corpus_bytes, None, execution.keep_states)
+    planning.refuse_what_cannot_fit(corpus_disk, disk.free, disk.total, "this disk")
+    needed = planning.memory_bytes(shape, placement, training.optimizer)["total"]
+    together = needed * (placement.ranks if placement.device == "cpu" else 1)
+    calibrates = execution.calibration_steps is not None and together <= available
+    if calibrates and placement.ranks > 1 and not distributed.is_rank():
+        module = "snakegpt.stages.plan_training"
+        distributed.launch(
+            module, arguments, ranks=placement.ranks, threads=threads, environment={}
+        )
+        return
+    if placement.device == "cpu":
+        distributed.keep_freed_memory()
+    with distributed.joined(placement.device) as group:
+        torch.set_num_threads(placement.threads if calibrates else threads)
+        if group.leads:
+            say(f"{label}  measures matrix products on {placement.device}")
+        mine = measure_matmul(placement.device, placement.precision)
+        rate = float(group.sum(torch.tensor(mine, dtype=torch.float64)))
+        measured = None
+        if calibrates:
+            measured = _calibrate(shape, training, execution, placement, group, label, rate)
+        elif placement.device == "cuda":
+            rate *= placement.ranks
+        if not group.leads:
+            return
+        if execution.calibration_steps is not None and not calibrates:
+            say(f"{label}  has no room to try it: {quantity(together, 'B')} are needed")
+        plan = planning.plan(
+            shape,
+            placement,
+            training,
+            tokenizer_kind=described["kind"],
+            corpus_bytes=corpus_bytes,
+            validation_fraction=validation_fraction,
+            matmul_flops_per_s=rate,
+            calibration=measured,
+            prices=prices,
+            keep_states=execution.keep_states,
+        )
+        plan |= {"free_disk_bytes": disk.free, "available_memory_bytes": available}
+        for line in (label, *plan_text.table(plan)):
+            say(line)
+        planning.refuse_what_cannot_fit(plan["disk_bytes"], disk.free, disk.total, "this disk")
+        for warning in plan_text.warnings(plan):
+            say(f"  warning: {warning}")
+        if measured is not None:
+            write_json(out / "calibration.json", measured)
+        write_json(out / "plan.json", plan)
 
 
 def _place(
@@ -89,6 +127,7 @@ def _place(
         )
     device = distributed.choose_device(execution.device)
     ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
+    distributed.require_divisor(ranks, rows)
     share = rows // ranks
     passes = choose_passes(training, execution, shape, device=device, share=share)
     return planning.Placement(
@@ -99,6 +138,52 @@ def _place(
         accumulation=share // passes.micro_rows,
         threads=max(1, threads // ranks),
         attention=passes.kernel,
+        strategy=distributed.choose_strategy(
+            execution.strategy, device=device, ranks=ranks, n_parameters=n_parameters(shape)
+        ),
+        loss=passes.loss,
+        activation_checkpointing=execution.activation_checkpointing,
+    )
+
+
+def _calibrate(
+    shape: Shape,
+    training: Training,
+    execution: Execution,
+    placement: planning.Placement,
+    group: Group,
+    label: str,
+    matmul_flops_per_s: float,
+) -> dict[str, Any]:
+    share = training.batch_tokens // shape.context // placement.ranks
+    passes = choose_passes(training, execution, shape, device=placement.device, share=share)
+    launch = Launch(
+        label=label,
+        device=placement.device,
+        dtype=passes.dtype,
+        kernel=passes.kernel,
+        loss=passes.loss,
+        compiled=placement.device == "cuda" if execution.compiled == "auto" else execution.compiled,
+        micro_rows=placement.rows_per_rank,
+        threads=placement.threads,
+        log_interval_s=execution.log_interval_s,
+        save_interval_s=execution.save_interval_s,
+        strategy=placement.strategy,
+        activation_checkpointing=placement.activation_checkpointing,
+    )
+    steps = execution.calibration_steps
+    assert steps is not None
+    reached = planning.EFFICIENCY[placement.device] * matmul_flops_per_s
+    if group.leads:
+        say(f"{label}  tries {steps} steps, or {CALIBRATION_LIMIT_S:.0f} s of them")
+    return calibrate(
+        shape,
+        training,
+        launch,
+        group,
+        steps=steps,
+        expected_step_s=training.batch_tokens * flops_per_token(shape) / reached,
+        limit_s=CALIBRATION_LIMIT_S,
     )
 
 
@@ -114,17 +199,20 @@ def main(argv: list[str] | None = None) -> None:
     args = stage_parser(__doc__, {"tokenizer": "tokenizer.json"}).parse_args(argv)
     how = how_to_run(args, "plan_training", "corpus_bytes", "validation_fraction")
     args.out.mkdir(parents=True, exist_ok=True)
-    plan_training(
-        block(Model, args.settings.get("model"), "model"),
-        block(Training, args.settings.get("training"), "training"),
-        how.settings,
-        only_path(args.tokenizer, "tokenizer"),
-        args.out,
-        label=how.label,
-        threads=how.threads,
-        corpus_bytes=how.extras["corpus_bytes"],
-        validation_fraction=how.extras["validation_fraction"] or Validation().fraction,
-    )
+    with distributed.reporting_outcome():
+        plan_training(
+            block(Model, args.settings.get("model"), "model"),
+            block(Training, args.settings.get("training"), "training"),
+            how.settings,
+            only_path(args.tokenizer, "tokenizer"),
+            args.out,
+            label=how.label,
+            threads=how.threads,
+            corpus_bytes=how.extras["corpus_bytes"],
+            validation_fraction=how.extras["validation_fraction"] or Validation().fraction,
+            prices=args.settings.get("prices") or {},
+            arguments=sys.argv[1:] if argv is None else argv,
+        )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from snakegpt.continuation import finished
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
+from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.settings import Execution, Model, Training, model_problems, science
@@ -72,6 +73,7 @@ def train_model(
     """
     if problems := model_problems(model, "model"):
         raise UserError("\n".join(problems))
+    require_writers(execution.tensorboard, execution.wandb)
     manifest = read_manifest(tokens)
     vocabulary = manifest["tokenizer"]["n_vocab"]
     shape = shape_of(model, vocabulary)
@@ -163,6 +165,9 @@ def train_model(
             deterministic=one_order,
             activation_checkpointing=execution.activation_checkpointing,
             keep_states=execution.keep_states,
+            profile_step=execution.profile_step,
+            tensorboard=execution.tensorboard,
+            wandb=execution.wandb,
         )
         fingerprint = manifest["tokenizer"]["fingerprint"]
         end_of_text = manifest["tokenizer"]["end_of_text"]
