@@ -66,6 +66,7 @@ LAYERS = [
         "sampling",
         "network",
         "planning",
+        "scaling",
         "charts",
         "pages",
     },
