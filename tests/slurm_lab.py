@@ -57,7 +57,6 @@ SlurmdParameters=config_overrides
 MinJobAge=300
 KillWait=60
 SlurmdTimeout=30
-RequeueExit=0
 NodeName=node[1-{n}] NodeAddr=10.77.0.[11-{last}] CPUs=8 RealMemory=64000 State=UNKNOWN
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """

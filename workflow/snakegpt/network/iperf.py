@@ -78,7 +78,8 @@ def measure(
     returns        (figures, None), or (None, the reason why there are none)
     """
     command = [iperf3, "--client", address, "--port", str(port), "--json"]
-    command += ["--time", f"{seconds:g}", "--parallel", str(streams)]
+    # Whole seconds: iperf3 takes 0.5 for 0, which is no end.
+    command += ["--time", str(max(1, round(seconds))), "--parallel", str(streams)]
     command += ["--reverse"] if reverse else []
     if udp_bit_per_s:  # nothing omitted: 3.12 counts what was lost in that time all the same
         command += ["--udp", "--bitrate", f"{udp_bit_per_s:.0f}"]
