@@ -1,4 +1,4 @@
-# What this machine's network does for the ranks that training would use. Measures; changes no result.
+# What network and machine do for the ranks that training would use. Measures; changes no result.
 
 
 rule bench_network:
@@ -24,5 +24,33 @@ rule bench_network:
         settings=settings_of("bench_network"),
         code=code_of_stage("bench_network"),
         arguments=arguments_of("bench_network"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
+
+
+rule measure_scaling:
+    input:
+        unpack(inputs_of("measure_scaling")),
+        network="results/networks/{experiment}/network.json",
+    output:
+        scaling="results/scaling/{experiment}/scaling.json",
+    log:
+        "logs/measure_scaling/{experiment}.log",
+    benchmark:
+        "logs/measure_scaling/{experiment}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: TRAINING_THREADS
+    resources:
+        mem_mb=8000,
+        runtime=30,
+        gpu=GPU,
+        mpi=launcher_of_nodes,
+        nodes=several_nodes,
+        tasks=several_nodes,
+    params:
+        settings=settings_of("measure_scaling"),
+        code=code_of_stage("measure_scaling"),
+        arguments=arguments_of("measure_scaling"),
     shell:
         "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"

@@ -1,4 +1,4 @@
-# Names people type. For each experiment: plan_, train_, evaluate_, sample_ and report_<name>.
+# Names people type. For each experiment: scaling_, plan_, train_, evaluate_, sample_ and report_<name>.
 
 
 for target, result in TARGETS.items():

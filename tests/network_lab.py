@@ -99,9 +99,13 @@ class Lab:
         ip("-n", name, "link", "set", "lo", "up")
 
     def __exit__(self, *failure: object) -> None:
+        for node in range(self.n_nodes + 1):
+            # Whatever still runs in a namespace of ours is ours, also what daemons have started.
+            command = ["ip", "netns", "pids", self.name(node)]
+            for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), 9)
         for process in self.processes:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
             process.wait()
         for node in range(self.n_nodes + 1):
             subprocess.run(["ip", "netns", "del", self.name(node)], capture_output=True)

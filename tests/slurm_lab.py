@@ -7,6 +7,7 @@ SLURM_CONF, and munge's default socket is where slurmctld does.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -56,7 +57,6 @@ SlurmdParameters=config_overrides
 MinJobAge=300
 KillWait=60
 SlurmdTimeout=30
-RequeueExit=0
 NodeName=node[1-{n}] NodeAddr=10.77.0.[11-{last}] CPUs=8 RealMemory=64000 State=UNKNOWN
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -113,14 +113,10 @@ class Slurm(Lab):
             time.sleep(0.1)
 
     def __exit__(self, *failure: object) -> None:
-        processes = [int(f.read_text()) for f in (self.folder / "run").glob("*.pid")]
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in processes:
-                try:
-                    os.kill(process, number)
-                except ProcessLookupError:
-                    continue
-            time.sleep(0.5)
+        pid = self.folder / "run/munged.pid"  # the one daemon in no namespace
+        if pid.exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid.read_text()), signal.SIGTERM)
         for name in FILES:
             link = ETC / name
             if link.is_symlink() and link.resolve().parent == self.folder.resolve():

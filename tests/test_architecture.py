@@ -73,6 +73,7 @@ LAYERS = [
         "counters",
         "parts",
         "metrics",
+        "scaling",
         "charts",
         "pages",
     },

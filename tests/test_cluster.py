@@ -34,7 +34,7 @@ class ClusterProject(Project):
         super().__init__(folder)
         self.slurm = slurm
         self.set("experiments.tiny.execution", {"nodes": 2, "ranks_per_node": 1, "device": "cpu"})
-        self.set("execution.network_test_s", 0.5)
+        self.set("execution.network_test_s", 1)
 
     def start(self, *targets: str) -> subprocess.Popen[str]:
         words = ["snakemake", "--workflow-profile", "profiles/slurm", *QUICK]

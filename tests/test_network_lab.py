@@ -144,7 +144,7 @@ def test_loss_shows_in_segments_sent_again_and_in_datagrams(draw, tmp_path):
         found = measured(lab, tmp_path, execution={"network_udp_mbit": 50})
     (link,) = found["links"]
     assert any("node1 to node2" in line and "sent again" in line for line in found["warnings"])
-    # Some 4,300 datagrams: four standard deviations of the share are under a third of it.
+    # Some 4,300 datagrams: a third of the share is three of its standard deviations or more.
     assert link["udp"]["lost_fraction"] == pytest.approx(share, rel=0.33)
 
 
@@ -164,7 +164,7 @@ def test_nodes_without_a_route_say_so(tmp_path):
 def test_ports_blocked_between_nodes_are_named(tmp_path):
     """The meeting works, and so would nothing after it."""
     with Lab(2) as lab:
-        lab.block(2, "29501-65535")
+        lab.block(2, "29501-32000")  # below what the kernel gives to clients
         ends = lab.run_everywhere(arguments(tmp_path), limit_s=120)
     for status, output in ends:
         assert status == 2, output

@@ -21,7 +21,7 @@ from snakegpt.counters import CpuCounters, gpu_counters, peak_memory_bytes
 from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError
 from snakegpt.gpus import gpu_named
-from snakegpt.parts import Window
+from snakegpt.parts import STEPS, Window
 from snakegpt.progress import Progress, quantity
 from snakegpt.training_state import Metrics
 
@@ -191,7 +191,7 @@ class Recorder:
 
     def around(self, step: int) -> AbstractContextManager[None]:
         """Around the update that follows `step` updates: profiled if it is one of the window's."""
-        if self._window_opens == step:
+        if self._window_opens == step and step + STEPS <= self.work.steps:
             self._window = Window(self.work.device, self.work.micro_batches)
         if self._window is None or not self._window.open:
             return nullcontext()
@@ -209,10 +209,13 @@ class Recorder:
             self.write("parts", step=step + 1, steps=window.n_steps, **seconds)
 
     def close(self) -> None:
-        """No more is written."""
+        """No more is written; also called where training ends early, perhaps within a window."""
+        if self._window is not None:
+            self._window.close()
         self._metrics.close()
         for writer in self._writers:
             writer.close()
+        self._writers = []
 
 
 def _is_number(value: Any) -> bool:

@@ -102,6 +102,11 @@ class Window:
                 name: None if ns is None else ns / self.n_steps / 1e9 for name, ns in found.items()
             }
 
+    def close(self) -> None:
+        """End a window that was left open: a process that exits with an open profile crashes."""
+        self._left = 0
+        self._close()
+
     def _close(self) -> list[Event]:
         global _marks
         events, _marks = _marks or [], None

@@ -36,6 +36,7 @@ OUTPUTS = {
     ],
     "index_tokens": ["results/tokens/{corpus}-{tokenizer}/manifest.json"],
     "bench_network": ["results/networks/{experiment}/network.json"],
+    "measure_scaling": ["results/scaling/{experiment}/scaling.json"],
     "plan_training": ["results/plans/{experiment}/plan.json"],
     "train_model": [
         "results/models/{experiment}/weights.safetensors",
@@ -55,6 +56,7 @@ OUTPUTS = {
 
 # Target prefix -> the result it stands for: `snakemake train_gpt2`.
 TARGETS = {
+    "scaling": "results/scaling/{experiment}/scaling.json",
     "plan": "results/plans/{experiment}/plan.json",
     "train": "results/models/{experiment}/weights.safetensors",
     "evaluate": "results/evaluations/{experiment}/evaluation.json",
@@ -289,6 +291,22 @@ class Pipeline:
             settings={"model": science(chosen.model), "machine": machine(), **several},
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
             execution={"batch_tokens": chosen.training.batch_tokens},
+        )
+
+    def _measure_scaling(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        several = {"nodes": chosen.execution.nodes} if chosen.execution.nodes > 1 else {}
+        return self._experiment_request(
+            "measure_scaling",
+            experiment,
+            settings={
+                "model": science(chosen.model),
+                "training": science(chosen.training),
+                "machine": machine(),
+                **several,
+            },
+            inputs={"tokens": [_tokens_of(chosen)]},
+            execution={"network": _output("bench_network", experiment=experiment)},
         )
 
     def _plan_training(self, experiment: str) -> Request:

@@ -507,7 +507,7 @@ class Execution(Closed):
     """Times that ranks are started again after one has died, unless they have saved a newer state since: then as often again."""
     network_environment: bool = True
     """Let training use the launch environment that bench_network recommends."""
-    network_test_s: Annotated[float, Field(ge=0.5, le=60)] = 2.0
+    network_test_s: Annotated[int, Field(ge=1, le=60)] = 2
     """Seconds that bench_network measures each throughput of each link for."""
     network_udp_mbit: Annotated[float, Field(gt=0)] | None = None
     """Mbit/s of datagrams that bench_network also sends over each link, to see loss and jitter; null: none."""

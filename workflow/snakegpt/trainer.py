@@ -78,6 +78,7 @@ class Trainer:
         )
         self.step = 0  # updates done, or skipped
         self.skipped_batches = 0  # of the order, where training went back
+        self.metrics: Recorder | None = None
         self.rollbacks = 0
         self.matmul_flops_per_s: float | None = None  # of all ranks together
         self.busy_s = 0.0  # in updates: without validation, saving and start-up
@@ -110,12 +111,14 @@ class Trainer:
                 raise StartAgain(self._ask_for_less()) from None
             finally:
                 self.updates.stop()
+                if self.metrics:
+                    self.metrics.close()
 
     def _train(self, saved: Saved | None, stop: StopRequest, watchdog: Watchdog, out: Path) -> None:
         if saved:
             self._resume(saved)
         self.updates.start(self.step + self.skipped_batches)
-        metrics = self._recorder(saved)
+        metrics = self.metrics = self._recorder(saved)
         if metrics:
             self._describe(metrics, saved)
         recipe, label, updates = self.recipe, self.launch.label, self.updates

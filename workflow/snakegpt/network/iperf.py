@@ -72,15 +72,19 @@ def measure(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """One test against a server.
 
-    seconds        measured, after OMITTED_S more
+    seconds        measured, of TCP after OMITTED_S more
     reverse        the server sends
     udp_bit_per_s  datagrams at this rate instead of TCP
     returns        (figures, None), or (None, the reason why there are none)
     """
     command = [iperf3, "--client", address, "--port", str(port), "--json"]
-    command += ["--time", f"{seconds:g}", "--omit", str(OMITTED_S), "--parallel", str(streams)]
+    # Whole seconds: iperf3 takes 0.5 for 0, which is no end.
+    command += ["--time", str(max(1, round(seconds))), "--parallel", str(streams)]
     command += ["--reverse"] if reverse else []
-    command += ["--udp", "--bitrate", f"{udp_bit_per_s:.0f}"] if udp_bit_per_s else []
+    if udp_bit_per_s:  # nothing omitted: 3.12 counts what was lost in that time all the same
+        command += ["--udp", "--bitrate", f"{udp_bit_per_s:.0f}"]
+    else:
+        command += ["--omit", str(OMITTED_S)]
     limit_s = seconds + OMITTED_S + wait_s
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s)

@@ -103,7 +103,7 @@ def measure_link(
         row["mtu"] = path_mtu(address, port)
         row["latency_s"] = round_trips(address, port)
     except OSError as error:
-        reason["latency"] = f"{address}:{port}: {error}"
+        return {"method": None, "reason": {"latency": f"{address}:{port}: {error}"}}
     program = iperf.program() if by_iperf3 else None
     if program:
         row["method"] = "iperf3"

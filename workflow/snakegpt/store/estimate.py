@@ -16,6 +16,7 @@ from snakegpt.store.objects import Store
 DECISIVE = {
     "bench_network": ("model",),
     "evaluate_model": ("evaluation",),
+    "measure_scaling": ("model",),
     "train_model": ("model", "training.precision"),
 }
 TAIL_BYTES = 4096  # of metrics.jsonl, longer than its last line

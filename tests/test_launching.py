@@ -1,0 +1,208 @@
+"""Several nodes, played by processes of this machine: the same weights, one failure told, no Slurm no guess.
+
+`srun` and `squeue` are stand-ins that do what Slurm's do for one task a node; tests/test_cluster.py has
+the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from snakegpt import launching
+from snakegpt.errors import UserError
+from snakegpt.launching import Outcome, advised_environment, choose_ranks_per_node, on_every_node
+from snakegpt.settings import Execution
+from test_meeting import free_port
+from train_fixtures import SETTINGS, tokens
+
+SRUN = """\
+#!{python}
+import os, subprocess, sys
+words = sys.argv[1:]
+options = [word for word in words if word.startswith("--")][:5]
+nodes = int(next(o for o in options if o.startswith("--nodes=")).split("=")[1])
+assert f"--ntasks={{nodes}}" in options and "--ntasks-per-node=1" in options, options
+command = words[words.index("bash"):]
+running = []
+for node in range(nodes):
+    own = dict(os.environ, SLURM_NODEID=str(node), SLURM_LAUNCH_NODE_IPADDR="127.0.0.1")
+    running.append(subprocess.Popen(command, env=own))
+sys.exit(max(process.wait() for process in running))
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A Slurm job of two nodes, its number drawn so that its ports are free."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {
+        "srun": SRUN.format(python=sys.executable),
+        "squeue": "#!/bin/sh\necho 2\n",
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", str(free_port() % 900 + 50))
+    for name in (launching.NODE, launching.RENDEZVOUS):
+        monkeypatch.delenv(name, raising=False)
+    return programs
+
+
+def training(manifest, out, settings=SETTINGS, **execution):
+    how = {"nodes": 2, "ranks_per_node": 1, "device": "cpu", "threads": 1, **execution}
+    return [sys.executable, "-m", "snakegpt.stages.train_model", "--tokens", str(manifest),
+            "--settings", json.dumps(settings), "--execution", json.dumps(how),
+            "--out", str(out), "--state", str(out) + "-state"]  # fmt: skip
+
+
+def finish(command, environment=None):
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+def test_two_nodes_train_what_two_ranks_of_one_machine_do(slurm, tmp_path):
+    manifest = tokens(tmp_path / "tokens")
+    local = finish(training(manifest, tmp_path / "local", nodes=1, ranks_per_node="auto", ranks=2))
+    assert local.returncode == 0, local.stderr
+    done = finish(training(manifest, tmp_path / "nodes"))
+    assert done.returncode == 0, done.stderr
+    for name in ("weights.safetensors", "best.safetensors", "config.json"):
+        assert (tmp_path / "nodes" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    start = json.loads((tmp_path / "nodes/metrics.jsonl").read_text().splitlines()[0])
+    assert start["ranks"] == 2
+    assert list((tmp_path / "nodes-state/ranks/node1").rglob("stderr.log"))  # what rank 1 printed
+
+
+@pytest.mark.long
+def test_nodes_that_people_start_by_hand_train_alike(tmp_path, monkeypatch):
+    manifest = tokens(tmp_path / "tokens")
+    port = free_port()
+    ends = {}
+
+    def node(number):
+        place = {"SNAKEGPT_NODE": f"{number}/2", "SNAKEGPT_RENDEZVOUS": f"127.0.0.1:{port}"}
+        ends[number] = finish(training(manifest, tmp_path / "hand"), place)
+
+    threads = [threading.Thread(target=node, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [end.returncode for end in ends.values()] == [0, 0], [
+        end.stderr for end in ends.values()
+    ]
+    assert (tmp_path / "hand/weights.safetensors").exists()
+
+
+def test_the_first_failure_of_any_node_is_told_once(slurm, tmp_path):
+    """A learning rate that blows the loss up is found by all ranks in the same step."""
+    manifest = tokens(tmp_path / "tokens")
+    wild = {**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 1e30, "rollbacks": 0}}
+    done = finish(training(manifest, tmp_path / "wild", wild))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error:") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "wild/weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "squeue", "reason"),
+    [
+        (None, "echo 2", r"execution.nodes = 3, but this is no Slurm job(.|\n)*SNAKEGPT_NODE=0/3"),
+        ("7", "echo 2", r"execution.nodes = 3, but Slurm job 7 has 2"),
+        (
+            "7",
+            "exit 1",
+            r"squeue does not say how many nodes Slurm job 7 has: is the controller down",
+        ),
+    ],
+)
+def test_nodes_that_are_not_there_are_refused(slurm, tmp_path, monkeypatch, job, squeue, reason):
+    (slurm / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    environment = {"SLURM_JOB_ID": job} if job else {}
+    with pytest.raises(UserError, match=reason):
+        on_every_node("m", [], nodes=3, threads=1, shared=tmp_path, environment=environment)
+
+
+def test_without_srun_the_way_by_hand_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"srun is not installed here(.|\n)*by hand"):
+        on_every_node("m", [], nodes=2, threads=1, shared=tmp_path, environment={})
+
+
+# ---- ranks of a node -------------------------------------------------------------------------
+
+
+def ranks(rows=12, device="cpu", threads=4, nodes=2, **execution):
+    how = Execution(**execution)
+    return choose_ranks_per_node(how, nodes=nodes, device=device, rows=rows, threads=threads)
+
+
+def test_ranks_of_nodes_share_the_rows():
+    assert ranks(rows=12, threads=4) == 3  # of the 6 rows of a node
+    assert ranks(rows=12, ranks_per_node=2) == 2
+    assert ranks(rows=12, nodes=1, ranks=4) == 4
+
+
+def test_what_nodes_cannot_share_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"12 rows(.|\n)*cannot be shared by 5 nodes"):
+        ranks(nodes=5)
+    with pytest.raises(UserError, match=r"ranks_per_node = 4 does not divide the 6 rows"):
+        ranks(ranks_per_node=4)
+    with pytest.raises(UserError, match=r"ranks = 4 counts the ranks of one machine"):
+        ranks(ranks=4)
+    monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"ranks_per_node = 3, but node \S+ has 2 CUDA devices"):
+        ranks(ranks_per_node=3, device="cuda")
+
+
+# ---- advice ----------------------------------------------------------------------------------
+
+
+def advice(tmp_path, capsys, nodes, measured):
+    file = tmp_path / "network.json"
+    file.write_text(json.dumps(measured))
+    found = advised_environment(file, nodes, label="train_model x")
+    return found, capsys.readouterr().err
+
+
+def test_advice_is_used_and_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    host = launching.socket.gethostname()
+    measured = {
+        "nodes": [{}, {}],
+        "environment": {"NCCL_DEBUG": "WARN"},
+        "environment_by_host": {host: {"GLOO_SOCKET_IFNAME": "ib0"}, "other": {"NCCL_X": "1"}},
+    }
+    found, said = advice(tmp_path, capsys, 2, measured)
+    assert found == {"GLOO_SOCKET_IFNAME": "ib0"}
+    assert "launches with GLOO_SOCKET_IFNAME=ib0, NCCL_DEBUG=INFO of the environment wins" in said
+
+
+def test_advice_for_another_number_of_nodes_is_left_aside(tmp_path, capsys):
+    measured = {"nodes": [{}], "environment": {"GLOO_SOCKET_IFNAME": "lo"}}
+    found, said = advice(tmp_path, capsys, 2, measured)
+    assert found == {}
+    assert "was measured on 1 node, this is 2 nodes" in said
+    assert advised_environment(None, 2, label="x") == {}
+
+
+def test_an_outcome_that_another_will_tell_only_gives_the_status():
+    Outcome().raise_for_status()
+    with pytest.raises(SystemExit) as told:
+        Outcome(2, "why", shared=True).raise_for_status()
+    assert told.value.code == 2
+    with pytest.raises(UserError, match="why"):
+        Outcome(2, "why").raise_for_status()

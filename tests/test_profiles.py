@@ -1,0 +1,88 @@
+"""Profiles say what the study of clusters found necessary, and Snakemake takes them as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PROFILES = sorted(path.parent.name for path in ROOT.glob("profiles/*/profile.yaml"))
+
+
+def profile(name):
+    return yaml.safe_load((ROOT / f"profiles/{name}/profile.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_documented_profiles_are_there():
+    assert PROFILES == ["default", "gpu", "kubernetes", "slurm"]
+    text = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    for name in PROFILES:
+        assert f"`{name}`" in text
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_profile_keeps_many_jobs_quick_and_reruns_for_the_same_reasons(name):
+    found, default = profile(name), profile("default")
+    assert (found["scheduler"], found["scheduler-subsample"]) == ("greedy", 200)
+    for key in ("rerun-triggers", "rerun-incomplete", "nolock"):
+        assert found[key] == default[key], key
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_line_of_a_cluster_has_a_comment_near(name):
+    """A setting without a reason is one that nobody dares to change."""
+    lines = (ROOT / f"profiles/{name}/profile.yaml").read_text(encoding="utf-8").splitlines()
+    assert sum("#" in line for line in lines) * 2 >= len(lines) / 2
+
+
+def test_slurm_has_what_keeps_it_from_waiting_for_ever():
+    found = profile("slurm")
+    assert found["slurm-status-command"] == "squeue"  # sacct's "CANCELLED by 0" is never recognised
+    assert 3 * found["slurm-init-seconds-before-status-checks"] <= 300  # MinJobAge's default
+    assert found["slurm-requeue"] is True
+    assert found["retries"] >= 2
+    assert not any("array" in key or "group" in key for key in found)
+    assert "--signal=TERM@" in found["set-resources"]["train_model"]["slurm_extra"]
+
+
+def test_no_rule_retries_by_itself():
+    for file in (ROOT / "rules").glob("*.smk"):
+        assert "retries:" not in file.read_text(encoding="utf-8"), file
+
+
+@pytest.mark.parametrize("name", ["gpu", "slurm"])
+def test_snakemake_takes_the_profile_anywhere(name, tmp_path):
+    """A dry run needs no cluster."""
+    command = [sys.executable, "-m", "snakemake", "-n", "-q", "all"]
+    command += ["--workflow-profile", f"profiles/{name}", "--directory", str(ROOT)]
+    done = subprocess.run(
+        [*command, "--", "plan_shakespeare_char"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_manifest_of_several_nodes_is_consistent():
+    """Names and numbers that must agree, as Kubernetes would find out at run time only."""
+    text = (ROOT / "envs/kubernetes/training.yaml").read_text(encoding="utf-8")
+    service, job = yaml.safe_load_all(text)
+    spec = job["spec"]
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    name, nodes = job["metadata"]["name"], spec["completions"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["parallelism"] == nodes
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": name}
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert environment["SNAKEGPT_RENDEZVOUS"].startswith(f"{name}-0.{pod['subdomain']}:")
+    assert f"$JOB_COMPLETION_INDEX/{nodes}" in container["args"][0]
+    assert f'"nodes": {nodes}' in container["args"][0]
+    gpus = "nvidia.com/gpu"
+    assert container["resources"]["limits"][gpus] == container["resources"]["requests"][gpus]
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes

@@ -1,0 +1,106 @@
+"""Scaling: efficiencies by their definition, verdicts that change where they should, a run of real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from snakegpt import scaling
+from snakegpt.stages.measure_scaling import _counts
+from train_fixtures import tokens
+
+
+@pytest.mark.parametrize(
+    ("ranks", "wanted"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (6, [1, 2, 4, 6])],
+)
+def test_ranks_double_up_to_all(ranks, wanted):
+    assert scaling.counts(ranks) == wanted
+
+
+def test_nodes_double_after_the_ranks_of_one_and_shares_are_even():
+    assert _counts(4, 3, rows=48) == [1, 2, 4, 8, 12]
+    assert _counts(2, 1, rows=6) == [1, 2]
+    assert _counts(4, 1, rows=6) == [1, 2]  # 4 does not divide 6 rows
+
+
+def run(ranks, step_s, communication_s=0.0, accumulation=2):
+    return {
+        "ranks": ranks,
+        "step_s": step_s,
+        "compute_s": step_s - communication_s,
+        "communication_s": communication_s,
+        "data_s": 0.0,
+        "idle_s": 0.0,
+        "accumulation": accumulation,
+    }
+
+
+def test_efficiencies_follow_their_definition():
+    # Weak: the same work a rank, 1 s alone and 1.25 s on four. Strong: 4 s of work on four in 1.6 s.
+    found = scaling.efficiencies([run(1, 1.0), run(4, 1.25)], [run(1, 4.0), run(4, 1.6)])
+    assert found[0] == {"ranks": 1, "weak": 1.0, "strong": 1.0}
+    assert found[1] == {"ranks": 4, "weak": pytest.approx(0.8), "strong": pytest.approx(0.625)}
+
+
+@pytest.mark.parametrize(
+    ("communication_s", "alone_s", "strategy", "kind"),
+    [
+        (0.05, 2.0, "ddp", "fine"),
+        (0.20, 2.0, "ddp", "accumulate"),
+        (0.60, 2.0, "ddp", "wire"),
+        (0.20, 0.9, "ddp", "wire"),  # slower than one rank alone
+        (0.05, 2.0, "fsdp", "fsdp"),
+    ],
+)
+def test_the_verdict_changes_where_it_should(communication_s, alone_s, strategy, kind):
+    strong = [run(1, alone_s), run(2, 1.0, communication_s)]
+    found = scaling.verdict(
+        strong, gradient_bytes=10**8, batch_tokens=1000, steps=3600, strategy=strategy
+    )
+    assert found["kind"] == kind
+    assert found["predicted_s"] == 3600
+    assert "expect 1k tokens/s and 1:00:00 for all 3,600 steps" in found["text"]
+
+
+def test_the_wire_that_is_wanted_follows_from_a_ring():
+    """0.9 s of computing leaves 0.1 s, in which a ring of two sends 2 x 1/2 x 100 MB over each link."""
+    found = scaling.verdict(
+        [run(1, 2.0), run(2, 1.5, 0.6)],
+        gradient_bytes=10**8, batch_tokens=1000, steps=1, strategy="ddp",
+    )  # fmt: skip
+    assert "8Gbit/s between ranks would bring it to 10%" in found["text"]
+
+
+def test_real_ranks_are_measured_on_real_tokens(tmp_path):
+    settings = {
+        "model": {"layers": 1, "heads": 2, "channels": 16, "context": 16, "vocabulary_multiple": 1},
+        "training": {"batch_tokens": 128, "steps": 100, "warmup_steps": 1},
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "snakegpt.stages.measure_scaling",
+        "--tokens",
+        str(tokens(tmp_path / "tokens")),
+    ]
+    command += ["--settings", json.dumps(settings), "--out", str(tmp_path)]
+    command += ["--execution", json.dumps({"ranks": 2, "device": "cpu", "threads": 2})]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    for kind in ("weak", "strong"):
+        assert [row["ranks"] for row in found[kind]] == [1, 2]
+        for row in found[kind]:
+            assert row["steps"] == 20
+            assert row["compute_s"] > 0
+            assert 0 <= row["data_s"] < row["step_s"]
+            assert row["communication_s"] == pytest.approx(
+                max(0, row["step_s"] - row["compute_s"]) if row["ranks"] > 1 else 0
+            )
+    assert [row["rows"] for row in found["strong"]] == [8, 8]  # 128 / 16, shared out
+    assert found["weak"][1]["rows"] % 2 == 0
+    assert found["verdict"]["predicted_s"] == pytest.approx(100 * found["strong"][-1]["step_s"])
