@@ -16,7 +16,7 @@ from snakegpt.errors import UserError
 from snakegpt.metrics import Audience, Recorder, Work
 from test_trainer import trainer
 from train_fixtures import metrics as lines_of
-from train_fixtures import tokens
+from train_fixtures import tokens, train
 
 
 def work(**changes):
@@ -195,3 +195,19 @@ def test_wandb_that_cannot_begin_is_explained(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with pytest.raises(UserError, match=r"no API key(.|\n)*WANDB_MODE=offline"):
         Recorder(tmp_path / "m.jsonl", None, work(), Audience(wandb="team"))
+
+
+@pytest.mark.parametrize("profile_step", [9, 10, 11])
+def test_a_training_that_ends_near_its_window_ends_well(manifest, tmp_path, profile_step):
+    """Of twelve steps, with a window of three. A process that exits with an open profile crashes."""
+    done = train(manifest, tmp_path / "out", profile_step=profile_step)
+    assert done.returncode == 0, done.stderr
+    assert len(lines_of(tmp_path / "out", "parts")) == (profile_step == 9)
+
+
+def test_a_recorder_closed_within_its_window_leaves_no_profile_open(tmp_path):
+    recorder = Recorder(tmp_path / "m.jsonl", None, work(), Audience(profile_step=1))
+    with recorder.around(1):
+        assert torch.autograd._profiler_enabled()
+    recorder.close()
+    assert not torch.autograd._profiler_enabled()
