@@ -69,13 +69,27 @@ def validation_loss(step: int) -> float:
     return 4.62 + 6.2 * math.exp(-step / 55) + 2e-3 * max(0, step - 250)
 
 
-def metrics(*, resumed_at: int | None = None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl of a run that was perhaps resumed once."""
+PARTS = {
+    "event": "parts", "step": 13, "steps": 3, "data_s": 0.0021, "forward_s": 0.0351, "backward_s": 0.0722,
+    "optimizer_s": 0.0064, "communication_s": 0.0125, "waiting_s": 0.0011,
+}  # fmt: skip
+GPUS = [
+    {"utilisation": 0.97, "memory_bytes": 61 * 10**9, "power_w": 640.0, "clock_mhz": 1755,
+     "temperature_c": 66, "throttled": ["power cap"]},
+    {"utilisation": 0.95, "memory_bytes": 61 * 10**9, "power_w": None, "clock_mhz": 1980,
+     "temperature_c": 60, "throttled": []},
+]  # fmt: skip
+
+
+def metrics(
+    *, resumed_at: int | None = None, unsteady: bool = False, gpus: bool = False
+) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of a run that was perhaps resumed, went back once, or had GPUs."""
     draw = random.Random(1)
     facts = {
         "device": "cpu", "ranks": 2, "rows_per_rank": 8, "accumulation": 2, "precision": "float32",
         "attention": "sdpa", "compiled": False, "threads": 1, "n_parameters": N_PARAMETERS,
-        "torch": "2.13.0",
+        "torch": "2.13.0", "matmul_flops_per_s": 5.4e11, "datasheet": None,
     }  # fmt: skip
     lines = [{"event": "start", **facts}]
     elapsed = 0.0
@@ -94,8 +108,24 @@ def metrics(*, resumed_at: int | None = None) -> list[dict[str, Any]]:
                 "tokens": step * BATCH,
                 "elapsed_s": round(elapsed, 3),
                 "rate_tokens_per_s": round(rate, 1),
+                "mfu": None,
+                "matmul_share": round(rate * 44_180_000 / 5.4e11, 4),
             }
         )
+        if step == 13:
+            lines.append(PARTS)
+        if step % 60 == 0:
+            lines.append(
+                {"event": "counters", "step": step, "cpu_cores": 0.97, "rss_bytes": 7 * 10**8,
+                 "load_1m": 1.5, "peak_memory_bytes": 743_219_200, **({"gpus": GPUS} if gpus else {})}
+            )  # fmt: skip
+        if unsteady and step == 140:
+            facts_of = {"loss": 9.5, "gradient_norm": None}
+            lines += [
+                {"event": "skipped", "step": step, **facts_of},
+                {"event": "rolled_back", "step": 100, "from_step": 141, "rollbacks": 1,
+                 "reason": "8 updates in a row were skipped"},
+            ]  # fmt: skip
         if step % 50 == 0:
             lines.append({"event": "validation", "step": step, "loss": validation_loss(step)})
         if step == resumed_at:
@@ -172,7 +202,14 @@ def plan() -> dict[str, Any]:
         "memory_bytes": {"total": 690_000_000}, "flops_per_token": 44_180_000,
         "rate_tokens_per_s_estimate": 7400.0, "time_estimate_s": 166.05,
         "corpus_tokens_estimate": 1_264_300, "epochs_estimate": 0.972,
-        "matmul_flops_per_s": 5.45e11,
+        "matmul_flops_per_s": 5.45e11, "verdict": "fits with ddp on one 8 GB GPU",
+        "calibration": {"step_s": 0.14, "steps": 17, "peak_memory_bytes": 700_000_000},
+        "assumptions": {"gpu_efficiency": 0.4},
+        "gpus": [
+            {"gpu": "H100", "gpus": 1, "fits": True, "strategy": "ddp", "rows_per_rank": 32,
+             "activation_checkpointing": False, "memory_bytes": 9.1e9, "time_s": 13.2, "cost": 0.01},
+            {"gpu": "T4", "gpus": 8, "fits": False, "reason": "too little memory", "precision": "float16"},
+        ],
     }  # fmt: skip
 
 
@@ -220,7 +257,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def results(folder: Path, *, ranks: int = 2, resumed_at: int | None = None) -> dict[str, Path]:
+def results(folder: Path, *, ranks: int = 2, **run: Any) -> dict[str, Path]:
     """Write the results of an experiment; returns input role of build_report -> file."""
     draw = random.Random(3)
     names = ("hamlet", "macbeth", "othello", "sonnets")
@@ -256,7 +293,7 @@ def results(folder: Path, *, ranks: int = 2, resumed_at: int | None = None) -> d
         "plan/plan.json": plan(),
         "network/network.json": network(ranks),
         "model_config/config.json": {"snakegpt": {"tokenizer_fingerprint": FINGERPRINT}},
-        "metrics/metrics.jsonl": metrics(resumed_at=resumed_at),
+        "metrics/metrics.jsonl": metrics(**run),
         "evaluation/evaluation.json": {
             "split": "val",
             "n_tokens": 78_383,

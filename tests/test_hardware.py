@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,3 +67,11 @@ def test_measuring_takes_about_the_time_it_is_given_and_gives_a_rate():
     a @ a
     once = 2 * 1024**3 / (time.perf_counter() - started)
     assert once / 20 < rate < once * 20
+
+
+def test_the_documented_table_is_the_table():
+    text = (Path(__file__).parent.parent / "docs" / "plan.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.count("|") == 7]
+    assert [(row[0], *map(float, row[1:4]), row[4] == "yes") for row in rows[2:]] == [
+        (gpu.name, gpu.memory, gpu.half, gpu.single, gpu.bfloat16) for gpu in gpus.GPUS
+    ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +109,20 @@ def test_a_window_is_written_at_its_step_and_changes_no_bit(manifest, tmp_path):
     assert last["peak_memory_bytes"] >= last["rss_bytes"] * 0.99
     [start] = lines_of(tmp_path / "with", "start")
     assert start["matmul_flops_per_s"] > 1e8
+
+
+def test_every_field_is_documented(manifest, tmp_path):
+    text = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    ours = trainer(tmp_path / "state", manifest)
+    ours.launch = dataclasses.replace(ours.launch, profile_step=2)
+    (tmp_path / "out").mkdir()
+    ours.run(tmp_path / "out")
+    found = read(tmp_path / "out" / "metrics.jsonl")
+    assert {line["event"] for line in found} == {
+        "start", "train", "validation", "parts", "counters", "end",
+    }  # fmt: skip
+    for name in {name for line in found for name in line} - {"event"}:
+        assert re.search(rf"\b{name}\b", text), name
 
 
 @pytest.mark.parametrize("setting", ["tensorboard", "wandb"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html.parser
+import re
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,9 @@ def report(folder, **changes):
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("changes", [{}, {"ranks": 1}, {"resumed_at": 120}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ranks": 1}, {"resumed_at": 120}, {"unsteady": True}, {"gpus": True}]
+)
 def test_a_report_is_one_well_formed_file_that_refers_to_nothing_outside(tmp_path, changes):
     page = report(tmp_path, **changes)
     read = Reader(page)
@@ -75,6 +78,39 @@ def test_a_report_is_one_well_formed_file_that_refers_to_nothing_outside(tmp_pat
     assert all(part.startswith("#") for part in _urls(page))
     assert len(read.ids) == len(set(read.ids))
     assert {to[1:] for to in read.references if to.startswith("#")} <= set(read.ids)
+
+
+def test_what_came_between_is_told_in_its_order(tmp_path):
+    text = " ".join(Reader(report(tmp_path, unsteady=True, resumed_at=120)).text.split())
+    resumed = text.index("resumed at step 120")
+    skipped = text.index("the update of step 140 was skipped (loss 9.5)")
+    back = text.index("went back from step 141 to step 100, and left out the data in between")
+    assert resumed < skipped < back
+    assert "One update was not taken." in text
+
+
+def test_the_parts_of_a_step_add_up_in_the_bar_and_in_the_table(tmp_path):
+    page = report(tmp_path)
+    widths = [
+        float(w) for w in re.findall(r'<rect class="part \w+" x="[\d.]+" width="([\d.]+)"', page)
+    ]
+    assert len(widths) == 6
+    assert sum(widths) == pytest.approx(100, abs=6 * 0.3 + 0.1)
+    whole = sum(v for k, v in report_fixtures.PARTS.items() if k.endswith("_s"))
+    backward = 100 * report_fixtures.PARTS["backward_s"] / whole
+    text = " ".join(Reader(page).text.split())
+    assert f"backward 72.2 ms {backward:.1f} %".replace(" ", "") in text.replace(" ", "")
+    assert f"backward {backward:.0f}%" in page  # for who cannot see the bar
+
+
+def test_gpus_and_the_verdict_are_told(tmp_path):
+    text = " ".join(Reader(report(tmp_path, gpus=True)).text.split())
+    assert "GPUs on average: 96% busy, 640 W, 1,868 MHz, 63 °C." in text
+    assert "power cap in" in text
+    assert "The verdict before training: fits with ddp on one 8 GB GPU." in text
+    assert "17 steps tried on this machine" in text
+    assert "1 × H100" in text
+    assert "8 × T4" not in text
 
 
 def _urls(page):
@@ -151,6 +187,6 @@ def test_changed_templates_mean_a_new_revision():
     digest = hashlib.sha256()
     for path in sorted(TEMPLATES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    known = {2: "b3fdca7aea314ebfb3da930ce83d76b5c8d98d50f8b9c366c93afc942e49eda8"}
+    known = {3: "28586708e7414cfa1c3291565e1d02d7560fe9c046148b6d287e43cc3fd16417"}
     assert build_report.REVISION == build_index.REVISION
     assert digest.hexdigest() == known[build_report.REVISION]

@@ -152,6 +152,18 @@ def throughput_chart(points: Points, planned: float | None) -> str:
     return svg.text
 
 
+def share_chart(points: Points, of: str) -> str:
+    """Share of a peak that training reached, over steps; `of` says which peak."""
+    with _figure("mfu", f"Share of {of}, by step", (WIDE[0], 2.2)) as (axes, svg):
+        noisy = [(step, 100 * share) for step, share in thinned(points)]
+        axes.plot(*_columns(noisy), color=FIRST, alpha=0.3, linewidth=0.9)
+        axes.plot(*_columns(smoothed(noisy)), color=FIRST, linewidth=1.8)
+        axes.set_ylim(bottom=0)
+        _label(axes, "step", "%")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return svg.text
+
+
 def bandwidth_chart(points: Points) -> str:
     """Bus bandwidth of an all-reduce over the size of the message, both axes logarithmic."""
     with _figure("bandwidth", "All-reduce bus bandwidth by message size") as (axes, svg):
@@ -180,6 +192,23 @@ def sparkline(points: Points, description: str) -> str:
     return (
         f'<svg class="sparkline" viewBox="0 0 {width:g} {height:g}" role="img"'
         f' aria-label="{escape(description)}"><polyline points="{path}"/></svg>'
+    )
+
+
+def parts_bar(parts: Sequence[tuple[str, float]]) -> str:
+    """One bar cut into parts, each as wide as its share of the whole; the page colours them by their class."""
+    whole = sum(amount for _, amount in parts) or 1.0
+    told = ", ".join(f"{name} {amount / whole:.0%}" for name, amount in parts)
+    drawn, at = [], 0.0
+    for name, amount in parts:
+        width = 100 * amount / whole
+        drawn.append(
+            f'<rect class="part {name}" x="{at:.2f}" width="{max(width - 0.3, 0):.2f}" height="8"/>'
+        )
+        at += width
+    return (
+        '<svg class="parts" viewBox="0 0 100 8" preserveAspectRatio="none" role="img"'
+        f' aria-label="A step by part: {escape(told)}">{"".join(drawn)}</svg>'
     )
 
 

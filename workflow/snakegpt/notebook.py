@@ -44,7 +44,7 @@ class Results:
 
     @functools.cached_property
     def metrics(self) -> pandas.DataFrame:
-        """metrics.jsonl, one row a line; `event`: start, resume, train, validation or end."""
+        """metrics.jsonl, one row a line; `event` says what a line is (docs/metrics.md)."""
         import pandas
 
         lines = _json_lines(self._file("train_model", "metrics.jsonl"))

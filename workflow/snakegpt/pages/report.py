@@ -11,14 +11,15 @@ from markupsafe import Markup
 
 from snakegpt import charts
 from snakegpt.pages.evidence import Evidence
+from snakegpt.pages.plan import plan_section
 from snakegpt.pages.rendering import (
     count,
     figures,
-    readable,
     readable_bytes,
     readable_time,
     render,
 )
+from snakegpt.pages.training import training_charts, training_section
 from snakegpt.progress import quantity
 
 SAMPLES_SHOWN = 8
@@ -49,12 +50,11 @@ def report_page(evidence: Evidence) -> str:
         "sampling": settings["sampling"],
         "samples": [{**sample, "how": _how_it_ended(sample)} for sample in evidence.samples],
         "n_samples_shown": SAMPLES_SHOWN,
-        "charts": {name: Markup(svg) for name, svg in _charts(evidence).items()},
-        "interruptions": _interruptions(evidence),
-        "resumes": [_resume(event) for event in evidence.events("resume")],
+        "charts": {name: Markup(svg) for name, svg in training_charts(evidence).items()}
+        | {"bandwidth": Markup(_bandwidth(evidence))},
+        "training": training_section(evidence),
         "evaluation": _evaluation(evidence),
-        "comparison": _comparison(evidence),
-        "arithmetic": _arithmetic(evidence),
+        "plan": plan_section(evidence),
         "corpus": _corpus(evidence),
         "n_files_shown": FILES_SHOWN,
         "tokens": _tokens(evidence),
@@ -142,53 +142,6 @@ def _how_it_ended(sample: Mapping[str, Any]) -> str:
     return f"{length}, {ended}."
 
 
-def _charts(evidence: Evidence) -> dict[str, str]:
-    train = evidence.events("train")
-    validation = [(v["step"], v["loss"]) for v in evidence.events("validation")]
-    planned = evidence.plan.get("rate_tokens_per_s_estimate")
-    return {
-        "loss": charts.loss_chart(
-            [(t["step"], t["loss"]) for t in train],
-            validation,
-            math.log(evidence.tokenizer["n_vocab"]),
-            evidence.end["best_step"],
-        ),
-        "learning_rate": charts.learning_rate_chart(
-            [(t["step"], t["learning_rate"]) for t in train]
-        ),
-        "gradient_norm": charts.gradient_chart(
-            [(t["step"], t["gradient_norm"]) for t in train],
-            evidence.settings["training"]["gradient_clip"],
-        ),
-        "throughput": charts.throughput_chart(
-            [(t["elapsed_s"], t["rate_tokens_per_s"]) for t in train], planned
-        ),
-        "bandwidth": charts.bandwidth_chart(
-            [(r["bytes"], r["busbw_gb_per_s"]) for r in evidence.network["all_reduce"]]
-        )
-        if evidence.network["all_reduce"]
-        else "",
-    }
-
-
-def _interruptions(evidence: Evidence) -> str:
-    resumes = len(evidence.events("resume"))
-    if not resumes:
-        return "It ran through without an interruption."
-    times = "once" if resumes == 1 else f"{resumes} times"
-    return (
-        f"It was interrupted {times} and went on from its saved state. What came after that state is"
-        " not shown twice: the curves are those of the weights."
-    )
-
-
-def _resume(event: Mapping[str, Any]) -> str:
-    where = f"{event['ranks']} × {event['device']}, " if "ranks" in event else ""
-    return f"resumed at step {event['step']:,} ({where}{event.get('precision', '')})".replace(
-        ", )", ")"
-    )
-
-
 def _evaluation(evidence: Evidence) -> dict[str, Any]:
     found, end = evidence.evaluation, evidence.end
     rows = [
@@ -209,72 +162,6 @@ def _evaluation(evidence: Evidence) -> dict[str, Any]:
     )
     rows = [{"loss_stderr": None, **row} for row in rows]
     return {**{k: found[k] for k in ("split", "n_tokens", "n_bytes")}, "rows": rows}
-
-
-def _comparison(evidence: Evidence) -> list[dict[str, str]]:
-    plan, end, launch = evidence.plan, evidence.end, evidence.launch
-    splits = evidence.tokens["splits"]
-    train_tokens = splits["train"]["n_tokens"]
-    corpus_tokens = sum(split["n_tokens"] for split in splits.values())
-
-    def row(name: str, planned: float | None, actual: float | None, write: Any) -> dict[str, str]:
-        known = planned is not None and actual is not None and planned > 0
-        return {
-            "name": name,
-            "planned": "unknown" if planned is None else write(planned),
-            "actual": "unknown" if actual is None else write(actual),
-            "ratio": f"{actual / planned:.2f}" if known and actual and planned else "",
-        }
-
-    rows = [
-        row("training time", plan["time_estimate_s"], end["elapsed_s"], readable_time),
-        row(
-            "tokens per second",
-            plan["rate_tokens_per_s_estimate"],
-            end["rate_tokens_per_s"],
-            quantity,
-        ),
-        row(
-            "memory of a process",
-            plan["memory_bytes"]["total"],
-            end.get("peak_memory_bytes"),
-            readable_bytes,
-        ),
-        row("tokens of the corpus", plan["corpus_tokens_estimate"], corpus_tokens, quantity),
-        row(
-            "epochs",
-            plan["epochs_estimate"],
-            evidence.trained_tokens / train_tokens if train_tokens else None,
-            lambda n: f"{n:.3g}" if n < 1000 else f"{n:,.0f}",
-        ),
-        row("parameters", plan["n_parameters"], launch["n_parameters"], lambda n: f"{n:,}"),
-    ]
-    shapes = [
-        " × ".join(str(of[name]) for name in ("ranks", "rows_per_rank", "accumulation"))
-        for of in (plan, launch)
-    ]
-    name = "processes × rows × accumulated"
-    return [*rows, {"name": name, "planned": shapes[0], "actual": shapes[1], "ratio": ""}]
-
-
-def _arithmetic(evidence: Evidence) -> str:
-    plan, end, launch = evidence.plan, evidence.end, evidence.launch
-    reached = end["rate_tokens_per_s"] * plan["flops_per_token"]
-    text = (
-        f"A token costs {readable(plan['flops_per_token'], 'FLOP')} (6N + 12LCT, as nanoGPT and PaLM count),"
-        f" so training ran at {readable(reached, 'FLOP/s')}, {reached / plan['matmul_flops_per_s']:.0%} of"
-        f" the {readable(plan['matmul_flops_per_s'], 'FLOP/s')} that matrix products alone reached here in"
-        f" {plan['precision']}."
-    )
-    if launch["precision"] != plan["precision"]:
-        text += f" Training itself ran in {launch['precision']}."
-    wall_s = [a["wall_s"] for a in evidence.provenance or () if a["stage"] == "train_model"]
-    if wall_s:
-        text += (
-            f" With start-up, validation and saving the stage took {readable_time(wall_s[-1])}"
-            + ("." if not evidence.events("resume") else " since it was last started.")
-        )
-    return text
 
 
 def _corpus(evidence: Evidence) -> dict[str, Any]:
@@ -356,6 +243,12 @@ def _character(character: str) -> str:
         if character.isprintable() and character != " "
         else repr(character)[1:-1].replace(" ", "␠")
     )
+
+
+def _bandwidth(evidence: Evidence) -> str:
+    curve = evidence.network["all_reduce"]
+    points = [(r["bytes"], r["busbw_gb_per_s"]) for r in curve]
+    return charts.bandwidth_chart(points) if points else ""
 
 
 def _network(evidence: Evidence) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from snakegpt import distributed, plan_text, planning
-from snakegpt.calibration import calibrate
+from snakegpt.calibration import LEAST_STEPS, calibrate
 from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser, write_json
 from snakegpt.distributed import Group
 from snakegpt.errors import UserError, reports_errors
@@ -67,7 +67,17 @@ def plan_training(
     planning.refuse_what_cannot_fit(corpus_disk, disk.free, disk.total, "this disk")
     needed = planning.memory_bytes(shape, placement, training.optimizer)["total"]
     together = needed * (placement.ranks if placement.device == "cpu" else 1)
-    calibrates = execution.calibration_steps is not None and together <= available
+    calibrates = distributed.is_rank()
+    if not calibrates:
+        torch.set_num_threads(threads)
+        say(f"{label}  measures matrix products on {placement.device}")
+        rate = measure_matmul(placement.device, placement.precision)
+        if placement.device == "cuda":
+            rate *= placement.ranks
+        why_not = _why_not_tried(shape, execution, placement, together, available, rate)
+        calibrates = why_not is None
+        if why_not:
+            say(f"{label}  {why_not}")
     if calibrates and placement.ranks > 1 and not distributed.is_rank():
         module = "snakegpt.stages.plan_training"
         distributed.launch(
@@ -77,20 +87,14 @@ def plan_training(
     if placement.device == "cpu":
         distributed.keep_freed_memory()
     with distributed.joined(placement.device) as group:
-        torch.set_num_threads(placement.threads if calibrates else threads)
-        if group.leads:
-            say(f"{label}  measures matrix products on {placement.device}")
-        mine = measure_matmul(placement.device, placement.precision)
-        rate = float(group.sum(torch.tensor(mine, dtype=torch.float64)))
         measured = None
         if calibrates:
+            torch.set_num_threads(placement.threads)
+            mine = measure_matmul(placement.device, placement.precision)
+            rate = float(group.sum(torch.tensor(mine, dtype=torch.float64)))
             measured = _calibrate(shape, training, execution, placement, group, label, rate)
-        elif placement.device == "cuda":
-            rate *= placement.ranks
         if not group.leads:
             return
-        if execution.calibration_steps is not None and not calibrates:
-            say(f"{label}  has no room to try it: {quantity(together, 'B')} are needed")
         plan = planning.plan(
             shape,
             placement,
@@ -144,6 +148,27 @@ def _place(
         loss=passes.loss,
         activation_checkpointing=execution.activation_checkpointing,
     )
+
+
+def _why_not_tried(
+    shape: Shape,
+    execution: Execution,
+    placement: planning.Placement,
+    needed_bytes: int,
+    available_bytes: int,
+    matmul_flops_per_s: float,
+) -> str | None:
+    """Why no steps are tried on this machine; None if they are."""
+    if execution.calibration_steps is None:
+        return "tries no steps (execution.calibration_steps)"
+    if needed_bytes > available_bytes:
+        return f"has no room to try it: {quantity(needed_bytes, 'B')} are needed"
+    tokens = placement.ranks * placement.rows_per_rank * shape.context
+    reached = planning.EFFICIENCY[placement.device] * matmul_flops_per_s
+    least_s = (LEAST_STEPS + 1) * tokens * flops_per_token(shape) / reached
+    if least_s > CALIBRATION_LIMIT_S:
+        return f"tries no steps: {LEAST_STEPS + 1} small ones would take {least_s:.0f} s"
+    return None
 
 
 def _calibrate(
