@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from snakegpt import distributed
@@ -10,6 +12,7 @@ from snakegpt.distributed import (
     choose_micro_rows,
     choose_precision,
     choose_ranks,
+    choose_strategy,
     network_environment,
 )
 from snakegpt.errors import UserError
@@ -77,3 +80,73 @@ def test_one_process_is_a_group_of_one():
     with distributed.joined("cpu") as group:
         assert (group.rank, group.ranks, group.leads) == (0, 1, True)
         assert group.sum(torch.tensor([2.0])).item() == 2.0
+
+
+# ---- starting again --------------------------------------------------------------------------
+
+
+def attempts(monkeypatch, endings, *, restarts, steps=()) -> int:
+    """How often ranks are started when they end so; `steps` is what is asked of after each end."""
+    started = []
+
+    def once(*_):
+        started.append(1)
+        ending = endings[len(started) - 1]
+        if ending is not None:
+            raise ending
+
+    reached = iter([0, *steps, *[0] * 9])
+    monkeypatch.setattr(distributed, "_launch_once", once)
+    with contextlib.suppress(SystemExit):
+        distributed.launch(
+            *("module", []),
+            ranks=2,
+            threads=2,
+            environment={},
+            restarts=restarts,
+            progress=lambda: next(reached),
+        )
+    return len(started)
+
+
+def killed() -> distributed.RankFailed:
+    return distributed.RankFailed("a rank was killed by SIGKILL", by_chance=True)
+
+
+def erred() -> distributed.RankFailed:
+    return distributed.RankFailed("rank 1: Traceback ...", by_chance=False)
+
+
+def test_ranks_start_again_after_one_was_killed_as_often_as_allowed(monkeypatch, capsys):
+    assert attempts(monkeypatch, [killed()] * 9, restarts=2) == 3
+    said = capsys.readouterr().err
+    assert said.count("starts again from the last saved state") == 2
+    assert attempts(monkeypatch, [killed(), None], restarts=2) == 2
+    assert attempts(monkeypatch, [killed()] * 9, restarts=0) == 1
+
+
+def test_progress_makes_room_for_new_restarts(monkeypatch):
+    # Two restarts are used up when the third attempt saves step 5: then there are two more.
+    assert attempts(monkeypatch, [killed()] * 9, restarts=2, steps=[0, 0, 5, 5, 5]) == 5
+    assert attempts(monkeypatch, [killed()] * 9, restarts=2, steps=[0, 5, 5, 5, 5]) == 4
+
+
+def test_an_error_of_ours_is_tried_again_only_after_progress(monkeypatch):
+    assert attempts(monkeypatch, [erred()] * 9, restarts=3) == 1
+    assert attempts(monkeypatch, [erred()] * 9, restarts=3, steps=[4, 8, 8]) == 3
+
+
+def test_less_memory_is_tried_at_once_and_costs_no_restart(monkeypatch, capsys):
+    again = distributed.StartAgain("8 rows at once did not fit on rank 1")
+    assert attempts(monkeypatch, [again, again, None], restarts=0) == 3
+    assert "did not fit on rank 1; starts again" in capsys.readouterr().err
+
+
+def test_the_first_strategy_whose_share_fits_half_a_gpu_is_chosen(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    gpus = {"device": "cuda", "ranks": 8}
+    assert choose_strategy("auto", n_parameters=124_000_000, **gpus) == "ddp"
+    assert choose_strategy("auto", n_parameters=4_000_000_000, **gpus) == "zero1"  # 64 GB; 36 GB
+    assert choose_strategy("auto", n_parameters=5_000_000_000, **gpus) == "fsdp"
+    assert choose_strategy("zero1", n_parameters=1, **gpus) == "zero1"
+    assert choose_strategy("auto", device="cpu", ranks=8, n_parameters=10**12) == "ddp"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.settings import Training
 from snakegpt.stability import Judge
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_fixtures import SETTINGS, metrics, tokens
 
 
@@ -113,6 +114,33 @@ def test_a_skipped_update_changes_no_weight_and_no_moment(manifest, tmp_path, op
     one._gradients(4)
     one.strategy.step(torch.tensor(False))
     assert not any(torch.equal(after[n], before[n]) for n in before if n.startswith("model."))
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: to read a number, or a size that depends on numbers."""
+
+    WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not str(function).startswith(self.WAITS), f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_never_waits_for_the_device(manifest, tmp_path, monkeypatch, optimizer):
+    training = {"optimizer": optimizer, "skip_spikes_above": 6.0, "spike_window": 2}
+    launch = {"dtype": torch.float16, "micro_rows": 4}
+    one = trainer(tmp_path / "state", manifest, launch=launch, precision="float16", **training)
+    one.updates.start(0)
+    one.updates.update(0, 0)
+    monkeypatch.setattr(torch.Tensor, "tolist", None)  # reads a CPU's memory without an operator
+    with NeverWaits():
+        for step in range(1, 5):
+            one.updates.update(step, step)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            float(one.updates.mean_loss())
+        with pytest.raises(TypeError):
+            one.updates.judge.look()
 
 
 def test_a_bad_batch_is_skipped_and_recorded_and_nothing_else_changes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import threading
 from collections import namedtuple
@@ -151,16 +152,20 @@ def test_training_goes_on_while_a_state_is_written_and_changes_it_no_more(tmp_pa
     assert loaded(folder) == 1.0
 
 
-def test_what_goes_wrong_while_writing_is_raised_by_the_next_save(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_is_the_systems_error_at_the_next_save(tmp_path):
+    """A full disk is a message for people (snakegpt.errors), if it arrives as what it is."""
     folder = states(tmp_path)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(folder, "_prune", full)
-    folder.save({"w": torch.ones(1)}, {"step": 1, "best_step": 0})
-    with pytest.raises(OSError, match="No space left"):
-        folder.save({"w": torch.ones(1)}, {"step": 2, "best_step": 0})
+    save(folder, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        folder.save({"w": torch.ones(9)}, {"step": 2, "best_step": 0})
+        with pytest.raises(OSError, match="File too large"):
+            folder.save({"w": torch.ones(9)}, {"step": 3, "best_step": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert loaded(states(tmp_path)) == 1.0
+    assert names(tmp_path) == ["state_000000001"]
 
 
 def test_the_note_says_what_the_files_hold(tmp_path):

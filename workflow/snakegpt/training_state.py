@@ -130,18 +130,23 @@ class StateFolder:
         return self.folder / f"state_{step:09d}"
 
     def _write(self, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
         final = self._path(note["step"])
         aside = final.with_name(f".{final.name}")
         writer = FileSystemWriter(aside, single_file_per_rank=True, sync_files=True)
-        save(
-            tensors,
-            storage_writer=writer,
-            process_group=self._gloo,
-            no_dist=self._gloo is None,
-        )
+        try:
+            save(
+                tensors,
+                storage_writer=writer,
+                process_group=self._gloo,
+                no_dist=self._gloo is None,
+            )
+        except CheckpointException as failure:  # of any rank: what people can mend is in it
+            errors = [error for error, _ in failure.failures.values()]
+            raise next((e for e in errors if isinstance(e, OSError)), failure) from None
         if not self.group.leads:
             return
         files = {
