@@ -50,8 +50,9 @@ RENDEZVOUS = "SNAKEGPT_RENDEZVOUS"
 SHARED_OUTCOME = (
     "SNAKEGPT_SHARED_OUTCOME"  # set for node agents: a file that the one who called reads
 )
-# Slurm jobs that share a node must not share ports; the study of clusters derived them from the job's id.
-FIRST_PORT, PORTS, PORTS_PER_JOB = 20_000, 20_000, 20
+# Jobs that share a node must not share ports, so these follow from the job's number; below 32,768, from
+# where on Linux gives ports to clients.
+FIRST_PORT, PORTS, PORTS_PER_JOB = 20_000, 12_000, 20
 # Of a job's ports: the first is the nodes' own meeting, then come torchrun's, then those of measurements.
 MEASURING_PORT = 10
 
@@ -139,12 +140,12 @@ def on_every_node(
     # the others killed before they have saved: --kill-on-bad-exit=0, torchrun ends them.
     command += [f"--cpus-per-task={threads}", "--kill-on-bad-exit=0", "bash", "-c", inner, "bash"]
     command += [sys.executable, "-m", module, *arguments]
+    # Unless asked for, none of c10d's warnings that it cannot look a client's address up.
+    variables = {"TORCH_CPP_LOG_LEVEL": "ERROR", **environment, SHARED_OUTCOME: str(outcome)}
     # srun must end last, so this process outlives the signals that Slurm sends to the steps' processes.
     previous = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        status = subprocess.run(
-            command, env={**environment, SHARED_OUTCOME: str(outcome)}
-        ).returncode
+        status = subprocess.run(command, env=variables).returncode
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
