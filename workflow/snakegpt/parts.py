@@ -41,6 +41,7 @@ class Event(NamedTuple):
 
 
 _marks: list[Event] | None = None  # of the open window
+_window: Window | None = None  # that is open
 
 
 @contextlib.contextmanager
@@ -77,9 +78,9 @@ class Window:
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around one step of the window; after the last one `seconds` has a step's mean by part."""
-        global _marks
+        global _marks, _window
         if self._left == self.n_steps:
-            _marks = []
+            _marks, _window = [], self
             if self.profiled:
                 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it talks to stderr
                 on_gpu = self.device if self.device == "cuda" else None
@@ -89,8 +90,7 @@ class Window:
             with part(STEP):
                 yield
         except BaseException:
-            self._left = 0
-            self._close()
+            self.abandon()
             raise
         self._left -= 1
         if self._left == 0:
@@ -102,9 +102,14 @@ class Window:
                 name: None if ns is None else ns / self.n_steps / 1e9 for name, ns in found.items()
             }
 
+    def abandon(self) -> None:
+        """No further step comes."""
+        self._left = 0
+        self._close()
+
     def _close(self) -> list[Event]:
-        global _marks
-        events, _marks = _marks or [], None
+        global _marks, _window
+        events, _marks, _window = _marks or [], None, None
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
             seen = self._profile.kineto_results.events()
@@ -114,6 +119,12 @@ class Window:
             ]
             self._profile = None
         return events
+
+
+def abandon_window() -> None:
+    """End a window that a run ends inside of: a profiler that is left open crashes the process at exit."""
+    if _window is not None:
+        _window.abandon()
 
 
 def seconds_by_part(events: Sequence[Event]) -> dict[str, float | None]:

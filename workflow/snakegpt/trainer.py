@@ -30,6 +30,7 @@ from snakegpt.hardware import device_name, measure_matmul
 from snakegpt.huggingface_format import save_weights
 from snakegpt.metrics import Audience, Recorder, Work
 from snakegpt.model import Shape, flops_per_token, n_parameters
+from snakegpt.parts import abandon_window
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Training
 from snakegpt.stability import as_json
@@ -110,6 +111,7 @@ class Trainer:
                 raise StartAgain(self._ask_for_less()) from None
             finally:
                 self.updates.stop()
+                abandon_window()
 
     def _train(self, saved: Saved | None, stop: StopRequest, watchdog: Watchdog, out: Path) -> None:
         if saved:
