@@ -20,7 +20,6 @@ from snakegpt import gpus, hardware
         ("NVIDIA A100-SXM4-40GB", "bfloat16", 312.0),
         ("NVIDIA A100 80GB PCIe", "bfloat16", 312.0),
         ("NVIDIA A10", "bfloat16", 125.0),
-        ("NVIDIA A10G", "bfloat16", 70.0),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
         ("Tesla T4", "float16", 65.0),
         ("Tesla T4", "bfloat16", None),  # it has none
