@@ -42,7 +42,7 @@ from snakegpt.distributed import (
     network_environment,
 )
 from snakegpt.errors import RETRY, USER_ERROR, Interrupted, UserError
-from snakegpt.progress import say
+from snakegpt.progress import count, say
 from snakegpt.settings import Execution
 
 NODE = "SNAKEGPT_NODE"
@@ -340,10 +340,6 @@ def advised_environment(network: Path | None, nodes: int, *, label: str) -> dict
         say(f"{label}  launches with {', '.join(words)} ({network})")
         return taken
     return {}
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def raise_outcome(found: Mapping[str, Any], status: int, more: str = "") -> None:

@@ -326,15 +326,16 @@ class Pipeline:
 
     def _size_of(self, corpus: str) -> dict[str, Any]:
         """Raw bytes of a corpus or mixture, None before it is locked, and the share that validates."""
-        sizes = {name: self.lock(name) for name in self.settings.shares(corpus)}
-        n_bytes = {name: locked.n_bytes for name, locked in sizes.items() if locked}
-        known = n_bytes if len(n_bytes) == len(sizes) else dict.fromkeys(sizes, 1)
-        validating = sum(
-            n * self.settings.corpus(name).validation.fraction for name, n in known.items()
-        )
+        names = list(self.settings.shares(corpus))
+        locks = [self.lock(name) for name in names]
+        sizes = [locked.n_bytes for locked in locks if locked]
+        is_known = len(sizes) == len(names)
+        weights = sizes if is_known else [1] * len(names)
+        fractions = [self.settings.corpus(name).validation.fraction for name in names]
+        validating = sum(n * part for n, part in zip(weights, fractions, strict=True))
         return {
-            "corpus_bytes": sum(n_bytes.values()) if known is n_bytes else None,
-            "validation_fraction": validating / sum(known.values()),
+            "corpus_bytes": sum(sizes) if is_known else None,
+            "validation_fraction": validating / sum(weights),
         }
 
     def _train_model(self, experiment: str) -> Request:

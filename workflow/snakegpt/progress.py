@@ -50,6 +50,11 @@ def quantity(number: float, unit: str = "") -> str:
     return f"{number:.3g}{unit}"
 
 
+def count(number: int, noun: str) -> str:
+    """A number with its noun: 1 file, 1,200 files."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     """Lines of a table whose columns are as wide as they must be, two blanks between them.
 

@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,10 @@ from snakegpt.losses import LossKernel
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import schedule_of, set_learning_rate
 from snakegpt.parts import part
+from snakegpt.placement import Passes
 from snakegpt.prefetch import ahead_of
 from snakegpt.progress import say
-from snakegpt.settings import Training
+from snakegpt.settings import Execution, Training
 from snakegpt.stability import Judge
 from snakegpt.strategies import make_strategy
 from snakegpt.tokens import TokenSet, training_batches
@@ -60,6 +62,24 @@ class Launch:
     profile_step: int | None = None
     tensorboard: str | None = None
     wandb: str | None = None
+
+    @classmethod
+    def of(
+        cls, label: str, device: str, execution: Execution, passes: Passes, **resolved: Any
+    ) -> Launch:
+        """What the settings say, for a device and what was chosen for it; `resolved` adds or replaces."""
+        facts: dict[str, Any] = {
+            "dtype": passes.dtype,
+            "kernel": passes.kernel,
+            "loss": passes.loss,
+            "compiled": device == "cuda" if execution.compiled == "auto" else execution.compiled,
+            "micro_rows": passes.micro_rows,
+            "threads": torch.get_num_threads(),
+            "log_interval_s": execution.log_interval_s,
+            "save_interval_s": execution.save_interval_s,
+            "activation_checkpointing": execution.activation_checkpointing,
+        }
+        return cls(label, device, **{**facts, **resolved})
 
 
 class TooLarge(Exception):

@@ -65,11 +65,6 @@ def readable_bytes(n_bytes: float) -> str:
     return readable(n_bytes, "B")
 
 
-def count(number: int, noun: str) -> str:
-    """A number with its noun: 1 file, 1,200 files."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def figures(value: float) -> str:
     """About four significant digits, never in scientific notation: 94.63, 1,234, 0.001570."""
     if value == 0 or not math.isfinite(value):

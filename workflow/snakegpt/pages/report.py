@@ -13,14 +13,13 @@ from snakegpt import charts
 from snakegpt.pages.evidence import Evidence
 from snakegpt.pages.plan import plan_section
 from snakegpt.pages.rendering import (
-    count,
     figures,
     readable_bytes,
     readable_time,
     render,
 )
 from snakegpt.pages.training import training_charts, training_section
-from snakegpt.progress import quantity
+from snakegpt.progress import count, quantity
 
 SAMPLES_SHOWN = 8
 FILES_SHOWN = 100

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from snakegpt import charts
 from snakegpt.pages.evidence import Evidence
-from snakegpt.pages.rendering import count, readable_bytes
+from snakegpt.pages.rendering import readable_bytes
+from snakegpt.progress import count
 
 PARTS = {
     "forward": "the network and its loss",

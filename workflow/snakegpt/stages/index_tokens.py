@@ -61,15 +61,7 @@ def index_tokens(parts: list[Path], drops: Path | None = None) -> dict[str, Any]
     for split in ("train", "val"):
         found = [content["splits"][split] for content in contents]
         shards = [shard for part in found for shard in part["shards"]]
-        splits[split] = {
-            "n_tokens": sum(shard["n_tokens"] for shard in shards),
-            "shards": [shard for shard in shards if shard["n_tokens"]],
-            **{name: sum(part[name] for part in found) for name in SUMS},
-            "lengths": _lengths(found),
-            "most_common_ids": _most_common(found),
-        }
-        n_bytes, n_tokens = splits[split]["n_text_bytes"], splits[split]["n_tokens"]
-        splits[split]["bytes_per_token"] = round(n_bytes / n_tokens, 4) if n_tokens else None
+        splits[split] = {**_sum(found, shards), "most_common_ids": _most_common(found)}
     if not any(split["n_documents"] for split in splits.values()):
         raise UserError("the corpus is empty: none of its files holds a document with text.")
     for split, other in (("train", "lower"), ("val", "raise")):
@@ -79,9 +71,6 @@ def index_tokens(parts: list[Path], drops: Path | None = None) -> dict[str, Any]
                 f"the {name} split has no document.\n  {other} validation.fraction of the corpus,"
                 " or set validation.by: position to take the tail of every document"
             )
-    dropped: Counter[str] = Counter()
-    for content in contents:
-        dropped.update(content["dropped"])
     screening = {}
     if drops:
         content = json.loads(drops.read_text(encoding="utf-8"))
@@ -92,8 +81,7 @@ def index_tokens(parts: list[Path], drops: Path | None = None) -> dict[str, Any]
         "tokenizer": tokenizer,
         "dtype": f"uint{8 * token_bytes(tokenizer['n_vocab'])}",
         "splits": splits,
-        "dropped": dict(dropped),
-        "replaced_bytes": sum(content["replaced_bytes"] for content in contents),
+        **_left_out(contents),
     }
 
 
@@ -128,27 +116,36 @@ def mix_tokens(sets: list[Path], weights: list[float], out: Path) -> dict[str, A
                 **{name: content["splits"][split][name] for name in SUMS},
             }
         found = [content["splits"][split] for content in contents]
-        n_bytes, n_tokens = (
-            sum(part[name] for part in found) for name in ("n_text_bytes", "n_tokens")
-        )
-        splits[split] = {
-            "n_tokens": n_tokens,
-            "shards": shards,
-            **{name: sum(part[name] for part in found) for name in SUMS},
-            "lengths": _lengths(found),
-            "bytes_per_token": round(n_bytes / n_tokens, 4) if n_tokens else None,
-        }
-    dropped: Counter[str] = Counter()
-    for content in contents:
-        dropped.update(content["dropped"])
+        splits[split] = _sum(found, shards)
     return {
         "sets": described,
         "tokenizer": tokenizer,
         "dtype": contents[0]["dtype"],
         "splits": splits,
-        "dropped": dict(dropped),
-        "replaced_bytes": sum(content["replaced_bytes"] for content in contents),
+        **_left_out(contents),
     }
+
+
+def _sum(found: list[dict[str, Any]], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """A split of parts or of token sets: their shards that hold something, and their totals."""
+    n_tokens = sum(shard["n_tokens"] for shard in shards)
+    sums = {name: sum(part[name] for part in found) for name in SUMS}
+    return {
+        "n_tokens": n_tokens,
+        "shards": [shard for shard in shards if shard["n_tokens"]],
+        **sums,
+        "lengths": _lengths(found),
+        "bytes_per_token": round(sums["n_text_bytes"] / n_tokens, 4) if n_tokens else None,
+    }
+
+
+def _left_out(contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """What was dropped, by reason, and replaced."""
+    dropped: Counter[str] = Counter()
+    for content in contents:
+        dropped.update(content["dropped"])
+    replaced = sum(content["replaced_bytes"] for content in contents)
+    return {"dropped": dict(dropped), "replaced_bytes": replaced}
 
 
 def _link(source: Path, link: Path) -> None:

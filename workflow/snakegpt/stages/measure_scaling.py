@@ -181,20 +181,7 @@ def _as_rank(
             ranks=group.ranks,
             n_parameters=n_parameters(shape),
         )
-        launch = Launch(
-            label="measure_scaling",
-            device=device,
-            dtype=passes.dtype,
-            kernel=passes.kernel,
-            loss=passes.loss,
-            compiled=device == "cuda" if execution.compiled == "auto" else execution.compiled,
-            micro_rows=passes.micro_rows,
-            threads=torch.get_num_threads(),
-            log_interval_s=execution.log_interval_s,
-            save_interval_s=execution.save_interval_s,
-            strategy=strategy,
-            activation_checkpointing=execution.activation_checkpointing,
-        )
+        launch = Launch.of("measure_scaling", device, execution, passes, strategy=strategy)
         train = open_sets(tokens, manifest, "train")
         found = {
             kind: scaling.measure(

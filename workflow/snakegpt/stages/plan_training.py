@@ -182,17 +182,13 @@ def _calibrate(
 ) -> dict[str, Any]:
     share = training.batch_tokens // shape.context // placement.ranks
     passes = choose_passes(training, execution, shape, device=placement.device, share=share)
-    launch = Launch(
-        label=label,
-        device=placement.device,
-        dtype=passes.dtype,
-        kernel=passes.kernel,
-        loss=passes.loss,
-        compiled=placement.device == "cuda" if execution.compiled == "auto" else execution.compiled,
+    launch = Launch.of(
+        label,
+        placement.device,
+        execution,
+        passes,
         micro_rows=placement.rows_per_rank,
         threads=placement.threads,
-        log_interval_s=execution.log_interval_s,
-        save_interval_s=execution.save_interval_s,
         strategy=placement.strategy,
         activation_checkpointing=placement.activation_checkpointing,
     )

@@ -162,17 +162,11 @@ def train_model(
             torch.use_deterministic_algorithms(True)
         share = rows // group.ranks
         passes = choose_passes(training, execution, shape, device=device, share=share)
-        launch = Launch(
-            label=label,
-            device=device,
-            dtype=passes.dtype,
-            kernel=passes.kernel,
-            loss=passes.loss,
-            compiled=device == "cuda" if execution.compiled == "auto" else execution.compiled,
-            micro_rows=passes.micro_rows,
-            threads=torch.get_num_threads(),
-            log_interval_s=execution.log_interval_s,
-            save_interval_s=execution.save_interval_s,
+        launch = Launch.of(
+            label,
+            device,
+            execution,
+            passes,
             probed=device == "cuda" and execution.rows_per_rank == "auto",
             strategy=distributed.choose_strategy(
                 execution.strategy,
@@ -181,7 +175,6 @@ def train_model(
                 n_parameters=n_parameters(shape),
             ),
             deterministic=one_order,
-            activation_checkpointing=execution.activation_checkpointing,
             keep_states=execution.keep_states,
             profile_step=execution.profile_step,
             tensorboard=execution.tensorboard,
