@@ -20,7 +20,7 @@ from snakegpt.errors import UserError
 
 @pytest.mark.parametrize(
     ("rows", "threads", "ranks"),
-    [(12, 1, 1), (12, 2, 2), (12, 5, 4), (7, 4, 1), (64, 64, 8), (1, 8, 1)],
+    [(12, 1, 1), (12, 2, 1), (12, 9, 2), (7, 8, 1), (64, 64, 8), (1, 8, 1)],
 )
 def test_cpu_ranks_divide_the_rows_and_fit_the_threads(rows, threads, ranks):
     assert choose_ranks("auto", device="cpu", rows=rows, threads=threads) == ranks

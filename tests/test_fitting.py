@@ -33,20 +33,22 @@ class Device:
         return peak
 
 
+@pytest.mark.parametrize("guess", [1, 3, 8, 64])
 @pytest.mark.parametrize("memory", [105, 110, 125, 200, 740, 741, 10_000])
-def test_the_largest_micro_batch_that_fits_is_found_with_few_trials(memory):
+def test_the_largest_micro_batch_that_fits_is_found(memory, guess):
     device = Device(memory)
     sizes = [1, 2, 4, 8, 16, 32, 64]
-    found = largest_that_fits(device.peak_bytes, sizes, memory)
+    found = largest_that_fits(device.peak_bytes, sizes, guess, memory, fixed_bytes=100)
     assert found == max((r for r in sizes if 100 + 10 * r <= memory), default=1)
-    assert len(device.tried) <= 3
+    fits = 100 + 10 * guess <= memory  # the guess, and then what is the largest
+    assert not fits or len(device.tried) <= 2
 
 
 def test_a_memory_that_grows_faster_than_it_seemed_is_noticed():
     device = Device(700)
     device.peak_bytes = lambda rows: 100 + 10 * rows + (500 if rows > 20 else 0)  # type: ignore[method-assign]
-    assert largest_that_fits(device.peak_bytes, [1, 2, 4, 8, 16, 32], 700) == 16
-    assert largest_that_fits(device.peak_bytes, [24], 10) == 24
+    assert largest_that_fits(device.peak_bytes, [1, 2, 4, 8, 16, 32], 8, 700, 100) == 16
+    assert largest_that_fits(device.peak_bytes, [24], 24, 10, 100) == 24
 
 
 def test_smaller_micro_batches_divide_the_share():
@@ -57,10 +59,10 @@ def run_out_of_memory_above(rows, one, monkeypatch, *, unless_twice: bool = Fals
     updates = one.updates
     losses = updates._losses
 
-    def limited(network, ids, targets):
+    def limited(network, ids, targets, reduction):
         if len(ids) > rows and network.training and not (unless_twice and updates.computes_twice):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return losses(network, ids, targets)
+        return losses(network, ids, targets, reduction)
 
     monkeypatch.setattr(updates, "_losses", limited)
 
@@ -139,7 +141,7 @@ def test_one_of_several_ranks_asks_all_to_start_again_with_less(manifest, tmp_pa
 
 
 def test_a_compiler_that_fails_is_done_without_and_said(manifest, tmp_path, monkeypatch, capsys):
-    def broken(model):
+    def broken(model, **how):
         def call(*_, **__):
             raise RuntimeError("no C++ compiler found\nmany more lines")
 

@@ -150,7 +150,7 @@ def ranks(rows=12, device="cpu", threads=4, nodes=2, **execution):
 
 
 def test_ranks_of_nodes_share_the_rows():
-    assert ranks(rows=12, threads=4) == 3  # of the 6 rows of a node
+    assert ranks(rows=12, threads=12) == 3  # of the 6 rows of a node
     assert ranks(rows=12, ranks_per_node=2) == 2
     assert ranks(rows=12, nodes=1, ranks=4) == 4
 

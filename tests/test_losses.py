@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from snakegpt import losses
-from snakegpt.losses import choose_loss, token_losses
+from snakegpt.losses import choose_loss, mean_loss, token_losses
 
 N, C, V = 11, 6, 50
 
@@ -15,39 +15,56 @@ def chunks_of_three_tokens(monkeypatch):
     monkeypatch.setattr(losses, "CHUNK_LOGITS", 3 * V)
 
 
-def losses_and_gradients(kernel, softcap, weights=None):
+def loss_and_gradients(kernel, softcap):
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(N, C, generator=draws, requires_grad=True)
     head = torch.randn(V, C, generator=draws, requires_grad=True)
     targets = torch.randint(V, (N,), generator=draws)
-    found = token_losses(x, head, targets, softcap, kernel)
-    (found.mean() if weights is None else (found * weights).sum()).backward()
+    found = mean_loss(x, head, targets, softcap, kernel)
+    (3 * found).backward()
     return found.detach(), x.grad, head.grad
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_chunks_change_nothing(softcap, weighted):
-    weights = torch.linspace(-1, 3, N) if weighted else None
-    plain = losses_and_gradients("plain", softcap, weights)
-    chunked = losses_and_gradients("chunked", softcap, weights)
+def test_chunks_change_nothing(softcap):
+    plain, chunked = (loss_and_gradients(kernel, softcap) for kernel in ("plain", "chunked"))
     for wanted, found in zip(plain, chunked, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_compiler_is_given_computes_the_same(softcap, dtype):
+    scores = 4 * torch.randn(N, V, generator=torch.Generator().manual_seed(1)).to(dtype)
+    targets = torch.arange(N)
+    wanted = losses._losses_and_slopes(scores.clone(), targets, softcap, True)
+    for one, other in zip(losses._fusible(scores, targets, softcap, True), wanted, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "chunked"])
+def test_losses_of_single_tokens_have_the_gradients_of_the_plain_way(kernel):
+    weights = torch.linspace(-1, 3, N)
+    x = torch.randn(N, C, requires_grad=True)
+    found = token_losses(x, torch.randn(V, C), torch.arange(N), None, kernel)
+    [gradient] = torch.autograd.grad((found * weights).sum(), x)
+    assert found.shape == (N,) and bool(gradient.abs().sum(dim=1).gt(0).all())
+
+
 def test_the_loss_by_hand():
-    found, *_ = losses_and_gradients("chunked", 2.0)
+    found, *_ = loss_and_gradients("chunked", 2.0)
     draws = torch.Generator().manual_seed(0)
     x, head = torch.randn(N, C, generator=draws), torch.randn(V, C, generator=draws)
     targets = torch.randint(V, (N,), generator=draws)
     probability = (2 * torch.tanh(x @ head.T / 2)).softmax(dim=1)
-    torch.testing.assert_close(found, -probability[range(N), targets].log())
+    torch.testing.assert_close(found, -probability[range(N), targets].log().mean())
 
 
 def test_bfloat16_products_are_those_of_the_plain_way():
     with torch.autocast("cpu", torch.bfloat16):
-        plain = losses_and_gradients("plain", None)
-        chunked = losses_and_gradients("chunked", None)
+        plain = loss_and_gradients("plain", None)
+        chunked = loss_and_gradients("chunked", None)
     for wanted, found in zip(plain, chunked, strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
@@ -74,7 +91,7 @@ def test_the_logits_are_never_held_whole():
             return made
 
     with Watch():
-        losses_and_gradients("chunked", 2.0)
+        loss_and_gradients("chunked", 2.0)
     assert largest == V * C  # and a chunk has V x 3
 
 

@@ -55,6 +55,7 @@ def test_rates_are_those_since_the_line_before(tmp_path, capsys):
     assert second["muon_learning_rate"] == 2e-2
     assert validation == {"event": "validation", "step": 10, "loss": 2.25}
     assert third["gradient_norm"] is None  # JSON has no infinity
+    assert third["matmul_share"] is None  # faster than the product that was measured
     told = capsys.readouterr().err
     assert "loss 2.500" in told
     assert "MFU 0.0%" in told

@@ -11,14 +11,20 @@ from torch.utils.checkpoint import checkpoint
 
 
 def largest_that_fits(
-    peak_bytes: Callable[[int], int], sizes: Sequence[int], budget_bytes: float
+    peak_bytes: Callable[[int], int],
+    sizes: Sequence[int],
+    guess: int,
+    budget_bytes: float,
+    fixed_bytes: int,
 ) -> int:
     """The largest of some micro-batch sizes whose peak stays within a budget; the smallest if none does.
 
-    Memory grows on a straight line with the rows, so two small trials tell about where to try next.
+    Memory grows on a straight line with the rows, so a trial of a guess tells where to try next. Every
+    trial of a compiled model is compiled anew, so there are few.
 
-    peak_bytes  tries a size and returns the most memory held; raises torch.OutOfMemoryError
-    sizes       ascending
+    peak_bytes   tries a size and returns the most memory held; raises torch.OutOfMemoryError
+    sizes        ascending
+    fixed_bytes  held whatever the size
     """
 
     def fits(rows: int) -> int | None:
@@ -28,11 +34,15 @@ def largest_that_fits(
             return None
         return peak if peak <= budget_bytes else None
 
-    if len(sizes) == 1 or (first := fits(sizes[0])) is None or (second := fits(sizes[1])) is None:
-        return sizes[0]
-    per_row = max(1.0, (second - first) / (sizes[1] - sizes[0]))
-    hopeful = [r for r in sizes[2:] if first + per_row * (r - sizes[0]) <= budget_bytes]
-    return next((rows for rows in reversed(hopeful) if fits(rows) is not None), sizes[1])
+    smaller_ones = [rows for rows in sizes if rows <= guess] or [sizes[0]]
+    first = smaller_ones[-1]
+    while (peak := fits(found := smaller_ones.pop())) is None and smaller_ones:
+        pass
+    if peak is None or found < first:
+        return found
+    per_row = max(1.0, (peak - fixed_bytes) / found)
+    larger = [r for r in sizes if r > found and fixed_bytes + per_row * r <= budget_bytes]
+    return next((rows for rows in reversed(larger) if fits(rows) is not None), found)
 
 
 def smaller(rows: int, share: int) -> int | None:

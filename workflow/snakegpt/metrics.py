@@ -155,7 +155,9 @@ class Recorder:
         reached = rate * work.flops_per_token
         peak = work.peak_flops_per_s
         mfu = None if peak is None else reached / peak
-        of_matmul = reached / work.matmul_flops_per_s
+        of_matmul: float | None = reached / work.matmul_flops_per_s
+        if of_matmul is not None and of_matmul > 1:
+            of_matmul = None  # something else ran while the product was measured
         self.write(
             "train",
             step=step,
@@ -166,9 +168,10 @@ class Recorder:
             elapsed_s=round(busy_s, 3),
             rate_tokens_per_s=round(rate, 1),
             mfu=None if mfu is None else round(mfu, 4),
-            matmul_share=round(of_matmul, 4),
+            matmul_share=None if of_matmul is None else round(of_matmul, 4),
         )
-        share = f"{of_matmul:.0%} of matmul" if mfu is None else f"MFU {mfu:.1%}"
+        share = "" if of_matmul is None else f"{of_matmul:.0%} of matmul"
+        share = share if mfu is None else f"MFU {mfu:.1%}"
         facts = [f"loss {loss:.3f}", self._validation, quantity(rate, " tokens/s"), share]
         self._progress.update(step, *filter(None, facts))
         if time.monotonic() - self._counted_at >= COUNTERS_INTERVAL_S or step == work.steps:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from snakegpt.distributed import Strategy
+from snakegpt.distributed import GPU_MICRO_BATCH_TOKENS, Strategy
 from snakegpt.errors import UserError
 from snakegpt.gpus import GPUS, Gpu
-from snakegpt.losses import CHUNK_LOGITS, LossKernel, choose_loss
+from snakegpt.losses import LossKernel, choose_loss, chunk_logits
 from snakegpt.model import Shape, flops_per_token, n_parameters
 from snakegpt.optimizer import Muon, schedule_of
 from snakegpt.progress import quantity
@@ -42,8 +42,8 @@ RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 600_000_000, "mps": 400_000_000}
 # autograd kept of a forward pass (torch 2.13). In gpt2 they are the residual stream before both norms
 # (float32) and 14 channels in the precision of the matrix products: norms 2, q k v 3, attention 1, MLP 4 + 4.
 ACTIVATION_BYTES = {
-    ("gpt2", "sdpa"): (64, 36),
-    ("gpt2", "math"): (64, 36),
+    ("gpt2", "sdpa"): (64, 32),
+    ("gpt2", "math"): (64, 32),
     ("modern", "sdpa"): (84, 50.5),
     ("modern", "math"): (72, 44.5),
 }
@@ -100,7 +100,7 @@ def memory_bytes(shape: Shape, placement: Placement, optimizer: str = "adamw") -
         "optimizer": moments // (R if placement.strategy != "ddp" else 1),
         "half_precision_weights": 2 * N if half else 0,  # autocast keeps a copy during a pass
         "activations": round(n_tokens * _activation_bytes(shape, placement)),
-        "logits": _logits_bytes(shape, placement.loss, n_tokens, half=half),
+        "logits": _logits_bytes(shape, placement, n_tokens),
         "runtime": RUNTIME_BYTES.get(placement.device, RUNTIME_BYTES["cpu"]),
     }
     always = memory["weights"] + memory["gathered"] + memory["optimizer"] + memory["runtime"]
@@ -132,13 +132,17 @@ def _activation_bytes(shape: Shape, placement: Placement) -> float:
     return shape.layers * layer
 
 
-def _logits_bytes(shape: Shape, loss: LossKernel, n_tokens: int, *, half: bool) -> int:
+def _logits_bytes(shape: Shape, placement: Placement, n_tokens: int) -> int:
     """What cross-entropy holds at its peak: measured with torch 2.13, in bytes a logit."""
+    half = placement.precision != "float32"
     each = (10 if half else 8) + (8 if shape.softcap is not None else 0)
-    if loss == "plain":
+    if placement.loss == "plain":
         return n_tokens * shape.vocabulary * each
+    if half and placement.device == "cuda":
+        each = 4  # scores and slopes: what is between them is one kernel
     # A chunk; the gradients of its inputs are made with it.
-    return min(n_tokens * shape.vocabulary, CHUNK_LOGITS) * each + 4 * n_tokens * shape.channels
+    held = min(n_tokens * shape.vocabulary, chunk_logits(placement.device))
+    return held * each + 4 * n_tokens * shape.channels
 
 
 def disk_bytes(
@@ -176,10 +180,11 @@ def fitting(
         return None
     room = USABLE * memory_gib * 2**30
     share = rows // ranks
+    most = max(1, min(share, GPU_MICRO_BATCH_TOKENS // shape.context))
     strategies: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp") if ranks > 1 else ("ddp",)
     for twice in (False, True):
         for strategy in strategies:
-            for micro_rows in (r for r in range(share, 0, -1) if share % r == 0):
+            for micro_rows in (r for r in range(most, 0, -1) if share % r == 0):
                 dtype = getattr(torch, precision)
                 placement = Placement(
                     device="cuda",

@@ -460,7 +460,7 @@ class Execution(Closed):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Device to train, evaluate and sample on; auto: cuda if there is one, then mps, then cpu."""
     ranks: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Training processes; auto: one a GPU, on CPU as many as threads and rows of a batch allow."""
+    """Training processes; auto: one a GPU, on CPU one for every four threads. A busy machine does better with one a thread."""
     nodes: Annotated[int, Field(ge=1)] = 1
     """Machines that train together, by Slurm or by hand; a step's rows are shared by all their ranks."""
     ranks_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from snakegpt.distributed import Group, Strategy
+from snakegpt.losses import mean_loss_of_compiled
 from snakegpt.model import GPT
 from snakegpt.optimizer import Muon, clip_gradients, make_optimizers
 from snakegpt.settings import Training
@@ -41,7 +42,7 @@ class Alone:
 
     def _wrapped(self) -> nn.Module:
         """The model as the loop calls it."""
-        return torch.compile(self.model) if self.compiled else self.model  # type: ignore[return-value]
+        return compiled(self.model) if self.compiled else self.model
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return make_optimizers(self.model, self.recipe)
@@ -201,9 +202,11 @@ class FullyShardedDataParallel(Alone):
         from torch.distributed.fsdp import fully_shard
 
         mesh = self._mesh()
+        if self.compiled:
+            self.model.mean_loss = mean_loss_of_compiled(self.model.loss)
         for block in self.model.blocks:
             if self.compiled:
-                block.compile()
+                block.compile(dynamic=False)
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         return self.model
@@ -302,6 +305,13 @@ class Ordered(Alone):
         everyones[self.group.rank] = torch.stack(losses)
         # Adding the others' zeros is exact, so all see the same numbers and add them in one order.
         return self.group.sum(everyones).flatten().sum() / everyones.numel()
+
+
+def compiled(model: GPT) -> nn.Module:
+    """The model compiled for each size of batch that it meets: a general size costs speed."""
+    model.mean_loss = mean_loss_of_compiled(model.loss)
+    network: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+    return network
 
 
 def joined(sums: list[Branch]) -> list[Branch]:

@@ -11,13 +11,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from snakegpt.batches import TokenStream, documents_in, sequential_batches
-from snakegpt.distributed import Group, Strategy
+from snakegpt.distributed import GPU_MICRO_BATCH_TOKENS, Group, Strategy
 from snakegpt.errors import UserError
 from snakegpt.fitting import compute_twice, largest_that_fits, smaller, why_it_does_not_compile
 from snakegpt.losses import LossKernel
@@ -29,7 +29,7 @@ from snakegpt.prefetch import ahead_of
 from snakegpt.progress import say
 from snakegpt.settings import Execution, Training
 from snakegpt.stability import Judge
-from snakegpt.strategies import make_strategy
+from snakegpt.strategies import compiled, make_strategy
 from snakegpt.tokens import TokenSet, training_batches
 
 HEADROOM = 0.92  # of a GPU's free memory: allocators need some room between blocks
@@ -196,7 +196,7 @@ class Updates:
                 torch.manual_seed(mixed(self.recipe.seed, place, row))
             with self.strategy.exchanging(index == self.accumulation - 1):
                 with part("forward"):
-                    loss = self._losses(self.strategy.network, ids_BT, targets_BT).mean()
+                    loss = self._losses(self.strategy.network, ids_BT, targets_BT, "mean")
                     weighed = loss * counts
                 with part("backward"):
                     (weighed if self.judge.scale is None else weighed * self.judge.scale).backward()
@@ -216,7 +216,13 @@ class Updates:
         """Mean loss of the last step over all ranks, nats, on the device. All ranks ask."""
         return self.strategy.mean_loss(self._losses_of_step)
 
-    def _losses(self, network: nn.Module, ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def _losses(
+        self,
+        network: nn.Module,
+        ids_BT: Tensor,
+        targets_BT: Tensor,
+        reduction: Literal["none", "mean"],
+    ) -> Tensor:
         ids_BT, targets_BT = (
             x.to(self.launch.device, non_blocking=True) for x in (ids_BT, targets_BT)
         )
@@ -225,8 +231,10 @@ class Updates:
         if self.recipe.document_masking and self.model.training:
             documents_BT, _ = documents_in(ids_BT, self.end_of_text)
         with torch.autocast(self.launch.device, self.launch.dtype, enabled=mixed):
-            losses_BT: Tensor = network(ids_BT, targets_BT, documents_BT=documents_BT)
-        return losses_BT
+            losses: Tensor = network(
+                ids_BT, targets_BT, documents_BT=documents_BT, reduction=reduction
+            )
+        return losses
 
     @torch.no_grad()
     def validate(self, beat: Callable[[str], None] = lambda what: None) -> float:
@@ -263,7 +271,7 @@ class Updates:
         rounds = self.strategy.rounds(n_batches)
         for index, (ids_BT, targets_BT) in zip(range(rounds), _endless(batches), strict=False):
             # The bare model, which exchanges nothing unless it is sharded.
-            losses_BT = self._losses(self.model, ids_BT, targets_BT)
+            losses_BT = self._losses(self.model, ids_BT, targets_BT, "none")
             place = index * self.group.ranks + self.group.rank
             if place < n_batches:
                 sums[place] = float(losses_BT.sum(dtype=torch.float64))
@@ -313,19 +321,19 @@ class Updates:
         """A forward and a backward pass of some rows of the first token."""
         ids_BT = torch.zeros(rows, self.shape.context, dtype=torch.int64)
         self.model.train()
-        self._losses(network, ids_BT, ids_BT).mean().backward()
+        self._losses(network, ids_BT, ids_BT, "mean").backward()
         self.model.zero_grad(set_to_none=True)
 
     def _compiles(self) -> bool:
-        network: nn.Module = torch.compile(self.model)  # type: ignore[assignment]
+        network = compiled(self.model)
         reason = why_it_does_not_compile(lambda: self._trial(self.micro_rows, network))
         if reason is not None:
             say(f"{self.launch.label}  does not compile here, and trains without: {reason}")
         return not int(self.group.sum(torch.tensor(int(reason is not None))))
 
     def _probe(self) -> None:
-        """Set the micro-batch to the largest that fits on every rank, gradients and optimiser beside it."""
-        network: nn.Module = torch.compile(self.model) if self.compiled else self.model  # type: ignore[assignment]
+        """Set the micro-batch to the largest of use that fits on every rank, with all that stays beside it."""
+        network = compiled(self.model) if self.compiled else self.model
 
         def peak_bytes(rows: int) -> int:
             torch.cuda.empty_cache()
@@ -333,10 +341,12 @@ class Updates:
             self._trial(rows, network)
             return torch.cuda.max_memory_allocated()
 
+        held = torch.cuda.memory_allocated()
         # Two moments; ddp's buckets share the gradients' memory.
-        budget = HEADROOM * torch.cuda.mem_get_info()[0] - 8 * n_parameters(self.shape)
-        sizes = [rows for rows in range(1, self.share + 1) if self.share % rows == 0]
-        mine = largest_that_fits(peak_bytes, sizes, budget + torch.cuda.memory_allocated())
+        budget = held + HEADROOM * torch.cuda.mem_get_info()[0] - 8 * n_parameters(self.shape)
+        most = max(1, GPU_MICRO_BATCH_TOKENS // self.shape.context)
+        sizes = [r for r in range(1, self.share + 1) if self.share % r == 0 and r <= most]
+        mine = largest_that_fits(peak_bytes, sizes, self.micro_rows, budget, held)
         self.micro_rows = self.group.least(mine)
 
 
