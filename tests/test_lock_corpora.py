@@ -61,6 +61,7 @@ def test_what_the_default_experiments_use_is_locked_and_then_said_to_be(project,
     path.write_text(yaml.safe_dump(config))
     done = run(project)
     assert done.returncode == 0, done.stderr
+    assert "three  not locked, since no default experiment reads it" in done.stderr
     assert set(locked(project)) == {"one", "two"}
     assert locked(project)["one"]["files"] == [pin("one.txt", b"one")]
     before = (project / "corpora.lock.json").read_bytes()

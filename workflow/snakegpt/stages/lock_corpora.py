@@ -96,6 +96,12 @@ def main(argv: list[str] | None = None) -> None:
         ]
         for name in current:
             say(f"{name}  is locked: {len(known[name].files):,} files")
+        left = [name for name in settings.corpora if name not in names and name not in known]
+        if left:
+            say(
+                f"{', '.join(left)}  not locked, since no default experiment reads it:"
+                " name it, or say --all"
+            )
         names = [name for name in names if name not in current]
     lock_corpora(settings, args.lock, names, update=args.update)
 
