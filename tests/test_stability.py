@@ -38,8 +38,8 @@ def poison(one, monkeypatch, places, value: float = math.nan) -> None:
         now[:] = [place]
         gradients(place)
 
-    def poisoned(network, ids, targets):
-        found = losses(network, ids, targets)
+    def poisoned(network, ids, targets, reduction):
+        found = losses(network, ids, targets, reduction)
         return found * value if network.training and now[0] in places else found
 
     monkeypatch.setattr(updates, "_gradients", gradients_at)
