@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,15 @@ def test_the_manifest_of_several_nodes_is_consistent():
     assert container["resources"]["limits"][gpus] == container["resources"]["requests"][gpus]
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_the_slurm_profile_lets_no_rule_ask_for_one_gpu():
+    """Every rule that counts GPUs for a laptop's scheduler is told otherwise: a cluster may have none."""
+    rules = "".join(file.read_text() for file in (ROOT / "rules").glob("*.smk"))
+    counting = {
+        name
+        for name, body in re.findall(r"^rule (\w+):\n(.*?)(?=^rule |\Z)", rules, re.M | re.S)
+        if "gpu=GPU" in body
+    }
+    told = profile("slurm")["set-resources"]
+    assert counting == {name for name, resources in told.items() if resources.get("gpu") == 0}
