@@ -10,31 +10,30 @@ it: once as it does, 12 rows at a time, and once with as many rows at a time as 
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from common import Row, finish, in_turn, parser
 from snakegpt.hardware import measure_matmul
 from snakegpt.model import Shape, flops_per_token
-from snakegpt.shards import ShardWriter
+from trainers import copy_nanogpt, nanogpt_steps_s, our_steps_s, write_token_set
 
-FINGERPRINT = "ab" * 32
 VOCABULARY, CONTEXT, ROWS, OURS_AT_ONCE = 50_257, 1024, 480, 60
 GPT2 = Shape(vocabulary=50_304, layers=12, heads=12, channels=768, context=CONTEXT, bias=False)
-PEER = "nanogpt"
+WARM_UP = 4  # steps
 
 
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
-    made.add_argument("--steps", type=int, default=12, help="of each run; the first 4 warm up")
+    made.add_argument(
+        "--steps", type=int, default=12, help=f"of each run; the first {WARM_UP} warm up"
+    )
     made.set_defaults(rounds=1)
     args = made.parse_args()
     if not torch.cuda.is_available():
@@ -90,10 +89,7 @@ def ours(folder: Path, manifest: Path, steps: int) -> float:
     ]
     said = _output(command)
     print(said, file=sys.stderr)
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    facts = [fact for fact in map(json.loads, lines) if fact["event"] == "train"]
-    times = np.diff([fact["elapsed_s"] for fact in facts])[3:]
-    return ROWS * CONTEXT / float(np.median(times))
+    return ROWS * CONTEXT / statistics.median(our_steps_s(out)[WARM_UP:])
 
 
 def theirs(nanogpt: Path, folder: Path, steps: int, *, rows: int) -> float:
@@ -108,20 +104,15 @@ def theirs(nanogpt: Path, folder: Path, steps: int, *, rows: int) -> float:
         "batch_size": rows,
         "gradient_accumulation_steps": ROWS // rows,
     }
-    source = (nanogpt / "train.py").read_text(encoding="utf-8")
+    work = folder / "nanogpt"
     where = "data_dir = os.path.join('data', dataset)"
-    assert where in source
-    work = folder / PEER
-    work.mkdir(exist_ok=True)
-    (work / "train.py").write_text(source.replace(where, f"data_dir = {str(folder)!r}"), "utf-8")
-    for name in ("model.py", "configurator.py", "config/train_gpt2.py"):
-        (work / name).parent.mkdir(exist_ok=True)
-        (work / name).write_text((nanogpt / name).read_text(encoding="utf-8"), encoding="utf-8")
+    changes = {where: f"data_dir = {str(folder)!r}"}
+    copy_nanogpt(nanogpt, work, changes, more=["config/train_gpt2.py"])
     given = [f"--{name}={value}" for name, value in options.items()]
     said = _output([sys.executable, "train.py", "config/train_gpt2.py", *given], work)
-    times = [float(ms) / 1e3 for ms in re.findall(r"iter \d+: loss .* time ([0-9.]+)ms", said)]
-    assert len(times) > 4, said
-    return ROWS * CONTEXT / statistics.median(times[4:])
+    times = nanogpt_steps_s(said)
+    assert len(times) > WARM_UP, said
+    return ROWS * CONTEXT / statistics.median(times[WARM_UP:])
 
 
 def _output(command: list[str], cwd: Path | None = None) -> str:
@@ -136,18 +127,13 @@ def _output(command: list[str], cwd: Path | None = None) -> str:
 def write_tokens(folder: Path) -> Path:
     """Random ids: our manifest and shards, and nanoGPT's files beside them."""
     draw = np.random.default_rng(0)
-    splits = {}
-    for split, n in (("train", 20_000_000), ("val", 1_000_000)):
-        ids = draw.integers(0, VOCABULARY, n, dtype=np.uint16)
-        ids.tofile(folder / f"{split}.bin")
-        with ShardWriter(folder / f"{split}_000000.bin", FINGERPRINT) as writer:
-            writer.add(ids)
-        splits[split] = {"n_tokens": n, "shards": [{"name": writer.path.name, "n_tokens": n}]}
-    tokenizer = {"fingerprint": FINGERPRINT, "n_vocab": VOCABULARY, "end_of_text": 50_256}
-    content: dict[str, Any] = {"tokenizer": tokenizer, "dtype": "uint16", "splits": splits}
-    manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps(content), encoding="utf-8")
-    return manifest
+    ids = {
+        split: draw.integers(0, VOCABULARY, n, dtype=np.uint16)
+        for split, n in (("train", 20_000_000), ("val", 1_000_000))
+    }
+    for split, part in ids.items():
+        part.tofile(folder / f"{split}.bin")
+    return write_token_set(folder, ids, n_vocab=VOCABULARY, end_of_text=50_256)
 
 
 if __name__ == "__main__":

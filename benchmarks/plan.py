@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 from common import Row, finish, medians, parser
-from snakegpt.shards import ShardWriter
+from trainers import write_token_set
 
-FINGERPRINT = "ab" * 32
 MODELS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     # name -> ids, model, training
     "characters, 0.8M": (
@@ -122,19 +121,15 @@ def call(
 def made_up_tokens(folder: Path, n_vocab: int) -> tuple[Path, Path]:
     """A manifest with two shards of random ids, and what a plan reads of a tokenizer."""
     draws = np.random.default_rng(0)
-    splits = {}
-    for split, count in (("train", 2_000_000), ("val", 20_000)):
-        with ShardWriter(folder / f"{split}_000000.bin", FINGERPRINT) as writer:
-            writer.add(draws.integers(0, n_vocab, count, dtype=np.uint16))
-        shards = [{"name": writer.path.name, "n_tokens": count}]
-        splits[split] = {"n_tokens": count, "shards": shards}
-    known = {"fingerprint": FINGERPRINT, "n_vocab": n_vocab, "end_of_text": 0, "kind": "char"}
-    for name, value in (
-        ("manifest.json", {"tokenizer": known, "splits": splits}),
-        ("tokenizer.json", known),
-    ):
-        (folder / name).write_text(json.dumps(value), encoding="utf-8")
-    return folder / "manifest.json", folder / "tokenizer.json"
+    ids = {
+        split: draws.integers(0, n_vocab, count, dtype=np.uint16)
+        for split, count in (("train", 2_000_000), ("val", 20_000))
+    }
+    manifest = write_token_set(folder, ids, n_vocab=n_vocab)
+    tokenizer = folder / "tokenizer.json"
+    known = json.loads(manifest.read_text("utf-8"))["tokenizer"]
+    tokenizer.write_text(json.dumps(known), encoding="utf-8")
+    return manifest, tokenizer
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ import importlib.util
 import json
 import os
 import pickle
-import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -39,9 +37,9 @@ import torch
 from common import Row, finish, in_turn, parser
 from snakegpt.batches import TokenStream, sequential_batches
 from snakegpt.huggingface_format import load_model
-from snakegpt.shards import ShardWriter, read_shard
+from snakegpt.shards import read_shard
+from trainers import copy_nanogpt, nanogpt_steps_s, our_steps_s, write_token_set
 
-FINGERPRINT = "ab" * 32
 PARTS = ("speed", "modern", "tuned", "gpt2", "memory", "start")
 README = {"layers": 4, "heads": 4, "channels": 128, "context": 64, "rows": 12}
 LARGER = {"layers": 6, "heads": 6, "channels": 384, "context": 256, "rows": 16}
@@ -236,10 +234,7 @@ class Bench:
             return self._score(lambda x, y: net(x, y).mean(), size["context"])
 
         def steps_s(out: Path, said: str) -> list[float]:
-            lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            facts = [fact for fact in map(json.loads, lines) if fact["event"] == "train"]
-            elapsed = [0.0, *(fact["elapsed_s"] for fact in facts)]
-            return np.diff(elapsed).tolist()
+            return our_steps_s(out)
 
         return self._run("snakegpt", settings, command, score if keep else None, steps_s)
 
@@ -254,12 +249,7 @@ class Bench:
     ) -> dict[str, Any]:
         """A run of nanoGPT's train.py, its fixed seed replaced, without the evaluations in between."""
         work = self.folder / "nanogpt"
-        work.mkdir(exist_ok=True)
-        for name in ("model.py", "configurator.py"):
-            shutil.copyfile(self.args.nanogpt / name, work / name)
-        source = (self.args.nanogpt / "train.py").read_text(encoding="utf-8")
-        assert "1337 + seed_offset" in source
-        (work / "train.py").write_text(source.replace("1337 + seed_offset", str(seed)), "utf-8")
+        copy_nanogpt(self.args.nanogpt, work, {"1337 + seed_offset": str(seed)})
         options = {
             "device": "cpu",
             "compile": False,
@@ -299,9 +289,7 @@ class Bench:
             return self._score(lambda x, y: net(x, y)[1], size["context"])
 
         def steps_s(out: Path, said: str) -> list[float]:
-            return [
-                float(ms) / 1e3 for ms in re.findall(r"iter \d+: loss .* time ([0-9.]+)ms", said)
-            ]
+            return nanogpt_steps_s(said)
 
         options_and_seed = {**options, "seed": seed}
         return self._run(
@@ -367,20 +355,11 @@ def _write_tokens(text: Path, folder: Path) -> tuple[Path, TokenStream]:
     theirs = folder / "nanogpt" / "data" / "shakespeare_char"
     theirs.mkdir(parents=True, exist_ok=True)
     (theirs / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(characters)}))
-    splits, streams = {}, {}
-    for split, part in (("train", ids[:cut]), ("val", ids[cut:])):
+    splits = {"train": ids[:cut], "val": ids[cut:]}
+    for split, part in splits.items():
         part.tofile(theirs / f"{split}.bin")
-        with ShardWriter(folder / f"{split}_000000.bin", FINGERPRINT) as writer:
-            writer.add(part)
-        entry = {"name": writer.path.name, "n_tokens": len(part)}
-        splits[split] = {"n_tokens": len(part), "shards": [entry]}
-        streams[split] = TokenStream([read_shard(writer.path)])
-    tokenizer = {"fingerprint": FINGERPRINT, "n_vocab": len(characters), "end_of_text": 0}
-    manifest = folder / "manifest.json"
-    manifest.write_text(
-        json.dumps({"tokenizer": tokenizer, "dtype": "uint16", "splits": splits}), encoding="utf-8"
-    )
-    return manifest, streams["val"]
+    manifest = write_token_set(folder, splits, n_vocab=len(characters))
+    return manifest, TokenStream([read_shard(folder / "val_000000.bin")])
 
 
 MEASURE_MEMORY = """

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,16 +22,7 @@ from train_fixtures import ENVIRONMENT, changed, metrics, tokenizer, tokens, tra
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 SHAPE = Shape(vocabulary=128, layers=2, heads=2, channels=128, context=256, bias=False)
-MODERN = Shape(
-    vocabulary=128,
-    layers=2,
-    heads=2,
-    channels=128,
-    context=256,
-    bias=False,
-    architecture="modern",
-    softcap=15.0,
-)
+MODERN = replace(SHAPE, architecture="modern", softcap=15.0)
 GPU = {"device": "cuda"}
 
 

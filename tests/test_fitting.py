@@ -10,6 +10,7 @@ from ranks_at_work import SHAPE, trainer
 from snakegpt.distributed import Group, StartAgain
 from snakegpt.errors import UserError
 from snakegpt.fitting import largest_that_fits, smaller, why_it_does_not_compile
+from snakegpt.losses import mean_loss
 from train_fixtures import metrics, tokens
 
 
@@ -148,8 +149,9 @@ def test_a_compiler_that_fails_is_done_without_and_said(manifest, tmp_path, monk
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    one = trainer(tmp_path / "a", manifest, launch={"compiled": True})
+    one = trainer(tmp_path / "a", manifest, launch={"compiled": True, "loss": "chunked"})
     assert one.updates.compiled is False
+    assert one.updates.model.mean_loss is mean_loss  # and not the one with a kernel to compile
     said = capsys.readouterr().err
     assert "does not compile here, and trains without: RuntimeError: no C++ compiler found" in said
     one.run(tmp_path)

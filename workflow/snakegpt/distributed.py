@@ -151,15 +151,26 @@ def choose_micro_rows(
         return rows
     # Logits, their float32 copy and gradient; some 34 bytes a channel and layer (Korthikanti et al. 2022).
     row_bytes = context * (vocabulary * 12 + width * 34)
-    most: float = CPU_MICRO_BATCH_BYTES / row_bytes
     if device == "cuda":
-        most = min(0.8 * torch.cuda.mem_get_info()[0] / row_bytes, GPU_MICRO_BATCH_TOKENS / context)
-    return max(r for r in range(1, share + 1) if share % r == 0 and (r == 1 or r <= most))
+        sizes, budget = gpu_micro_batches(share, context), 0.8 * torch.cuda.mem_get_info()[0]
+    else:
+        sizes, budget = _divisors(share), CPU_MICRO_BATCH_BYTES
+    return max(rows for rows in sizes if rows == 1 or rows * row_bytes <= budget)
+
+
+def gpu_micro_batches(share: int, context: int) -> list[int]:
+    """Rows that a GPU may take at once of a rank's share of a step, ascending: beyond, nothing is gained."""
+    most = max(1, GPU_MICRO_BATCH_TOKENS // context)
+    return [rows for rows in _divisors(share) if rows <= most]
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def _divisors_around(wanted: int, number: int) -> str:
     """The divisors of a number just below and above one that is none, for an error message."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    divisors = _divisors(number)
     near = [d for d in divisors if d < wanted][-1:] + [d for d in divisors if d > wanted][:1]
     return " and ".join(map(str, near))
 

@@ -34,11 +34,12 @@ def largest_that_fits(
             return None
         return peak if peak <= budget_bytes else None
 
-    smaller_ones = [rows for rows in sizes if rows <= guess] or [sizes[0]]
-    first = smaller_ones[-1]
-    while (peak := fits(found := smaller_ones.pop())) is None and smaller_ones:
-        pass
-    if peak is None or found < first:
+    up_to_guess = [rows for rows in sizes if rows <= guess] or [sizes[0]]
+    for found in reversed(up_to_guess):
+        peak = fits(found)
+        if peak is not None:
+            break
+    if peak is None or found < up_to_guess[-1]:
         return found
     per_row = max(1.0, (peak - fixed_bytes) / found)
     larger = [r for r in sizes if r > found and fixed_bytes + per_row * r <= budget_bytes]

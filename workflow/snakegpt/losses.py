@@ -17,7 +17,7 @@ LossKernel = Literal["plain", "chunked"]
 MeanLoss = Callable[[Tensor, Tensor, Tensor, float | None, LossKernel], Tensor]
 
 CHUNK_LOGITS = 1 << 23  # logits held at once: 32 MiB in float32
-GPU_CHUNK_LOGITS = 1 << 29  # there: 10,000 tokens of GPT-2's, since fewer leave a large GPU idle
+GPU_CHUNK_LOGITS = 1 << 29  # on a GPU: 10,000 tokens of GPT-2's, since fewer leave a large GPU idle
 PLAIN_LOGITS = 1 << 25  # below it the plain way is quicker and takes little
 
 
@@ -91,9 +91,13 @@ class _How(NamedTuple):
 
 
 def _how(x_NC: Tensor, softcap: float | None, compiled: bool) -> _How:
-    device = x_NC.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_NC.dtype
-    return _How(softcap, dtype, compiled and device == "cuda")
+    return _How(softcap, product_dtype(x_NC), compiled and x_NC.device.type == "cuda")
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Type that autocast gives the matrix products of a tensor."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _ChunkedMean(torch.autograd.Function):

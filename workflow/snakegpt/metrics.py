@@ -156,7 +156,7 @@ class Recorder:
         peak = work.peak_flops_per_s
         mfu = None if peak is None else reached / peak
         of_matmul: float | None = reached / work.matmul_flops_per_s
-        if of_matmul is not None and of_matmul > 1:
+        if reached > work.matmul_flops_per_s:
             of_matmul = None  # something else ran while the product was measured
         self.write(
             "train",
@@ -170,8 +170,11 @@ class Recorder:
             mfu=None if mfu is None else round(mfu, 4),
             matmul_share=None if of_matmul is None else round(of_matmul, 4),
         )
-        share = "" if of_matmul is None else f"{of_matmul:.0%} of matmul"
-        share = share if mfu is None else f"MFU {mfu:.1%}"
+        share = ""
+        if mfu is not None:
+            share = f"MFU {mfu:.1%}"
+        elif of_matmul is not None:
+            share = f"{of_matmul:.0%} of matmul"
         facts = [f"loss {loss:.3f}", self._validation, quantity(rate, " tokens/s"), share]
         self._progress.update(step, *filter(None, facts))
         if time.monotonic() - self._counted_at >= COUNTERS_INTERVAL_S or step == work.steps:

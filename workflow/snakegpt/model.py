@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from snakegpt.losses import LossKernel, MeanLoss, logits, mean_loss, token_losses
+from snakegpt.losses import LossKernel, MeanLoss, logits, mean_loss, product_dtype, token_losses
 
 Architecture = Literal["gpt2", "modern"]
 AttentionKernel = Literal["sdpa", "math", "flex"]
@@ -139,10 +139,7 @@ def residual_dtype(x: Tensor) -> torch.dtype:
 
     Half the memory traffic of what is not a product. float16 has too little range for sums of many.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
-        return torch.bfloat16
-    return x.dtype
+    return torch.bfloat16 if product_dtype(x) == torch.bfloat16 else x.dtype
 
 
 class Norm(nn.LayerNorm):

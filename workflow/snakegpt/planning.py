@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from snakegpt.distributed import GPU_MICRO_BATCH_TOKENS, Strategy
+from snakegpt.distributed import Strategy, gpu_micro_batches
 from snakegpt.errors import UserError
 from snakegpt.gpus import GPUS, Gpu
 from snakegpt.losses import LossKernel, choose_loss, chunk_logits
@@ -39,8 +39,8 @@ BYTES_PER_TOKEN = {"gpt2": 4.0, "tiktoken": 4.4, "bpe": 3.7, "char": 1.0, "byte"
 RUNTIME_BYTES = {"cpu": 400_000_000, "cuda": 600_000_000, "mps": 400_000_000}
 
 # Bytes that the backward pass finds, per token, layer and channel, in float32 and in half precision: what
-# autograd kept of a forward pass (torch 2.13). In gpt2 they are the residual stream before both norms
-# (float32) and 14 channels in the precision of the matrix products: norms 2, q k v 3, attention 1, MLP 4 + 4.
+# autograd kept of a forward pass (torch 2.13). In gpt2 they are 16 channels in the precision of the matrix
+# products: the residual stream before both norms 2, norms 2, q k v 3, attention 1, MLP 4 + 4.
 ACTIVATION_BYTES = {
     ("gpt2", "sdpa"): (64, 32),
     ("gpt2", "math"): (64, 32),
@@ -180,11 +180,10 @@ def fitting(
         return None
     room = USABLE * memory_gib * 2**30
     share = rows // ranks
-    most = max(1, min(share, GPU_MICRO_BATCH_TOKENS // shape.context))
     strategies: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp") if ranks > 1 else ("ddp",)
     for twice in (False, True):
         for strategy in strategies:
-            for micro_rows in (r for r in range(most, 0, -1) if share % r == 0):
+            for micro_rows in reversed(gpu_micro_batches(share, shape.context)):
                 dtype = getattr(torch, precision)
                 placement = Placement(
                     device="cuda",

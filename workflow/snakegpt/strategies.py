@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from snakegpt.distributed import Group, Strategy
-from snakegpt.losses import mean_loss_of_compiled
 from snakegpt.model import GPT
 from snakegpt.optimizer import Muon, clip_gradients, make_optimizers
 from snakegpt.settings import Training
@@ -202,8 +201,6 @@ class FullyShardedDataParallel(Alone):
         from torch.distributed.fsdp import fully_shard
 
         mesh = self._mesh()
-        if self.compiled:
-            self.model.mean_loss = mean_loss_of_compiled(self.model.loss)
         for block in self.model.blocks:
             if self.compiled:
                 block.compile(dynamic=False)
@@ -307,9 +304,8 @@ class Ordered(Alone):
         return self.group.sum(everyones).flatten().sum() / everyones.numel()
 
 
-def compiled(model: GPT) -> nn.Module:
+def compiled(model: nn.Module) -> nn.Module:
     """The model compiled for each size of batch that it meets: a general size costs speed."""
-    model.mean_loss = mean_loss_of_compiled(model.loss)
     network: nn.Module = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     return network
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from snakegpt.batches import TokenStream, documents_in, sequential_batches
-from snakegpt.distributed import GPU_MICRO_BATCH_TOKENS, Group, Strategy
+from snakegpt.distributed import Group, Strategy, gpu_micro_batches
 from snakegpt.errors import UserError
 from snakegpt.fitting import compute_twice, largest_that_fits, smaller, why_it_does_not_compile
-from snakegpt.losses import LossKernel
+from snakegpt.losses import LossKernel, mean_loss, mean_loss_of_compiled
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import schedule_of, set_learning_rate
 from snakegpt.parts import part
@@ -325,11 +325,15 @@ class Updates:
         self.model.zero_grad(set_to_none=True)
 
     def _compiles(self) -> bool:
+        self.model.mean_loss = mean_loss_of_compiled(self.model.loss)
         network = compiled(self.model)
         reason = why_it_does_not_compile(lambda: self._trial(self.micro_rows, network))
         if reason is not None:
             say(f"{self.launch.label}  does not compile here, and trains without: {reason}")
-        return not int(self.group.sum(torch.tensor(int(reason is not None))))
+        works = not int(self.group.sum(torch.tensor(int(reason is not None))))
+        if not works:
+            self.model.mean_loss = mean_loss  # the other one would need the compiler again
+        return works
 
     def _probe(self) -> None:
         """Set the micro-batch to the largest of use that fits on every rank, with all that stays beside it."""
@@ -344,8 +348,7 @@ class Updates:
         held = torch.cuda.memory_allocated()
         # Two moments; ddp's buckets share the gradients' memory.
         budget = held + HEADROOM * torch.cuda.mem_get_info()[0] - 8 * n_parameters(self.shape)
-        most = max(1, GPU_MICRO_BATCH_TOKENS // self.shape.context)
-        sizes = [r for r in range(1, self.share + 1) if self.share % r == 0 and r <= most]
+        sizes = gpu_micro_batches(self.share, self.shape.context)
         mine = largest_that_fits(peak_bytes, sizes, self.micro_rows, budget, held)
         self.micro_rows = self.group.least(mine)
 
