@@ -1,6 +1,6 @@
 """Text to token shards against the plain tiktoken loop and nanoGPT's way, on the same text.
 
-    python benchmarks/encode.py                     the text files of this Python and its packages, 110 MB
+    python benchmarks/encode.py                     the text files of this Python and its packages, a part's 400 MB
     python benchmarks/encode.py --text a.jsonl      your own: one JSON object with "text" a line
     python benchmarks/encode.py jobs document       two jobs against one, and one document of 5 GB
 
@@ -90,9 +90,11 @@ def gather_text(path: Path, n_bytes: int, kinds: set[str] = TEXTS) -> None:
                 return
 
 
-def cpu_of(
-    command: list[str], environment: dict[str, str] | None = None
-) -> tuple[float, str, float]:
+# What Snakemake sets for a job of one thread; without it OpenBLAS starts threads that only cost.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def cpu_of(command: list[str]) -> tuple[float, str, float]:
     """(CPU seconds of a command and its children, its output, peak memory in MB)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
@@ -100,7 +102,7 @@ def cpu_of(
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **ONE_THREAD},
     )
     assert process.stdout
     output = process.stdout.read()
@@ -222,7 +224,7 @@ def main() -> None:
     made.add_argument("--gigabytes", type=float, default=5, help="of the one document")
     made.add_argument("--folder", type=Path, help="where to work; default: the temporary folder")
     made.add_argument("--text", type=Path, help="JSON lines with a key `text`")
-    made.add_argument("--megabytes", type=float, default=110, help="of text to gather")
+    made.add_argument("--megabytes", type=float, default=385, help="of text to gather")
     made.add_argument("--nanogpt", action="store_true", help="also nanoGPT's way (needs datasets)")
     args = made.parse_args()
     which = args.which or ["speed"]

@@ -18,6 +18,7 @@ LAYERS = [
         "artefacts",
         "durable",
         "errors",
+        "corpus_parts",
         "formats",
         "gpus",
         "progress",

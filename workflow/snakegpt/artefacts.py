@@ -14,9 +14,12 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from snakegpt.identity import file_digest
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 NOTES = "SNAKEGPT_DIGESTS"  # environment variable: the file that notes are appended to
 
@@ -37,6 +40,41 @@ class Note(NamedTuple):
         return (found.st_size, found.st_mtime_ns, found.st_ino) == self[1:]
 
 
+class WriteBehind:
+    """A binary file that is written at its end, and sent to the disk meanwhile.
+
+    resumed  keep what the file holds already, and write behind it
+    """
+
+    def __init__(self, path: Path, *, resumed: bool = False) -> None:
+        self._file = path.open("ab" if resumed else "wb", buffering=0)
+        self._behind: threading.Thread | None = None
+        self.n_bytes = self._sent = self._file.tell()
+
+    def write(self, data: ReadableBuffer) -> None:
+        """Append bytes, all of them or an OSError."""
+        view = memoryview(data).cast("B")
+        self.n_bytes += view.nbytes
+        while view:
+            view = view[self._file.write(view) :]
+        idle = self._behind is None or not self._behind.is_alive()
+        if idle and self.n_bytes - self._sent >= WRITE_BEHIND_BYTES:
+            self._sent = self.n_bytes
+            self._behind = threading.Thread(target=self._write_behind, daemon=True)
+            self._behind.start()
+
+    def _write_behind(self) -> None:
+        # An error is said again by the fsync of whoever publishes the file, where it can be handled.
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Wait for what is on its way."""
+        if self._behind:
+            self._behind.join()
+        self._file.close()
+
+
 class HashedFile:
     """A new binary file whose sha256 is known when it is closed.
 
@@ -48,33 +86,20 @@ class HashedFile:
     """
 
     def __init__(self, path: Path, *, resumed: bool = False) -> None:
-        self.path, self.n_bytes = path, 0
-        self._digest = hashlib.sha256()
+        self.path, self._digest = path, hashlib.sha256()
         if resumed:
             with path.open("rb") as kept:
                 self._digest = hashlib.file_digest(kept, "sha256")
-                self.n_bytes = kept.tell()
-        self._file = path.open("ab" if resumed else "wb", buffering=0)
-        self._behind: threading.Thread | None = None
-        self._sent = self.n_bytes
+        self._file = WriteBehind(path, resumed=resumed)
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: ReadableBuffer) -> None:
         """Append bytes, all of them or an OSError."""
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        while view:
-            view = view[self._file.write(view) :]
-        self.n_bytes += memoryview(data).nbytes
-        idle = self._behind is None or not self._behind.is_alive()
-        if idle and self.n_bytes - self._sent >= WRITE_BEHIND_BYTES:
-            self._sent = self.n_bytes
-            self._behind = threading.Thread(target=self._write_behind, daemon=True)
-            self._behind.start()
+        self._digest.update(data)
+        self._file.write(data)
 
-    def _write_behind(self) -> None:
-        # An error is said again by the fsync of whoever publishes the file, where it can be handled.
-        with contextlib.suppress(OSError):
-            os.fsync(self._file.fileno())
+    @property
+    def n_bytes(self) -> int:
+        return self._file.n_bytes
 
     @property
     def sha256(self) -> str:
@@ -90,8 +115,6 @@ class HashedFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._behind:
-            self._behind.join()
         self._file.close()
         if kind is None:
             note(self.path, self.sha256)

@@ -292,7 +292,7 @@ def _open(path: Path) -> IO[bytes]:
         return io.BufferedReader(gzip.GzipFile(path, "rb"))
     if path.suffix.lower() == ".zst":
         return io.BufferedReader(_Zstandard(path))
-    return path.open("rb")
+    return path.open("rb", buffering=CHUNK_BYTES)
 
 
 class _Zstandard(io.RawIOBase):

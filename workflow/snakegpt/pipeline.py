@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from snakegpt.corpus_parts import divide
 from snakegpt.errors import UserError, nearest
-from snakegpt.formats import can_be_divided
 from snakegpt.locks import Entry, is_current
 from snakegpt.settings import Corpus, Experiment, Settings, science
 
@@ -143,7 +143,7 @@ class Pipeline:
         return locked if locked and is_current(locked, source) else None
 
     def parts(self, corpus: str) -> dict[str, list[dict[str, Any]]]:
-        """Part id -> locked files, filled in lock order up to part_bytes; known before any download."""
+        """Part id -> locked files, in lock order, up to part_bytes; known before any download."""
         if corpus not in self._parts:  # asked for by every job of every part
             self._parts[corpus] = self._divide(corpus)
         return self._parts[corpus]
@@ -153,30 +153,14 @@ class Pipeline:
         if locked is None:
             return {UNLOCKED_PART: []}
         chosen = self.settings.corpus(corpus)
-        limit = chosen.part_bytes
-        parts: list[list[dict[str, Any]]] = [[]]
-        room = limit
-        for file in locked.files:
-            entry = asdict(file)
-            if file.bytes > limit and can_be_divided(file.path, chosen.document_separator):
-                for start in range(0, file.bytes, limit):
-                    stop = min(start + limit, file.bytes)
-                    parts.append([{**entry, "from": start, "to": stop}])
-                room = 0
-                continue
-            if file.bytes > room and parts[-1]:
-                parts.append([])
-                room = limit
-            parts[-1].append(entry)
-            room -= file.bytes
-        return {f"{index:06d}": files for index, files in enumerate(filter(None, parts))}
+        return divide(locked.files, chosen.part_bytes, chosen.document_separator)
 
     def _fetch_corpus(self, corpus: str) -> Request:
         locked = self.lock(corpus)
         return Request(
             "fetch_corpus",
             {"corpus": corpus},
-            settings={"files": [asdict(f) for f in locked.files] if locked else None},
+            settings={"files": [dict(vars(f)) for f in locked.files] if locked else None},
             execution={
                 "corpus": corpus,
                 "source": self.settings.corpus(corpus).source.model_dump(),

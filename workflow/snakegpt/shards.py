@@ -10,7 +10,6 @@ Above 65,536 ids: magic 20240801, version 7, 4 bytes a token and uint32 ids, as 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,9 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from snakegpt.artefacts import HashedFile
+from snakegpt.artefacts import WriteBehind, note
 from snakegpt.errors import UserError
+from snakegpt.identity import file_digest
 
 # Bytes a token -> magic and version.
 FORMATS = {2: (20240520, 1), 4: (20240801, 7)}
@@ -47,12 +47,8 @@ class Shard:
     n_tokens: int
 
 
-COPY_BYTES = 1 << 20
-SPOOL_BYTES = 1 << 28  # of ids that wait in memory, before they wait on disk
-
-
 class ShardWriter:
-    """Writes one shard. Its header counts the tokens and comes first, so the ids wait until the end.
+    """Writes one shard. Its header counts the tokens, so its place stays empty until the end.
 
     with ShardWriter(path, fingerprint, n_vocab) as writer:
         writer.add(ids)
@@ -64,8 +60,7 @@ class ShardWriter:
     def __init__(self, path: Path, fingerprint: str, n_vocab: int = UINT16_IDS) -> None:
         self.path, self.fingerprint, self.n_tokens = path, fingerprint, 0
         self.token_bytes = token_bytes(n_vocab)
-        self._ids = tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=str(path.parent))  # noqa: SIM115
-        self._sha256, self._n_bytes = "", 0
+        self._sha256 = ""
 
     def add(self, ids: Sequence[int] | NDArray[np.integer]) -> None:
         """Append ids that fit; numpy refuses a list's larger ones, and would wrap an array's."""
@@ -77,10 +72,12 @@ class ShardWriter:
                 f"{self.path.name} would hold more than {MOST_TOKENS:,} tokens,"
                 " which is all that its header can count"
             )
-        self._ids.write(tokens.tobytes())
+        self._file.write(tokens.data)
         self.n_tokens += len(tokens)
 
     def __enter__(self) -> ShardWriter:
+        self._file = WriteBehind(self.path)
+        self._file.write(bytes(HEADER_BYTES))
         return self
 
     def __exit__(
@@ -89,19 +86,20 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._ids:
-            if kind is None:
-                with HashedFile(self.path) as file:
-                    file.write(header(self.n_tokens, self.fingerprint, self.token_bytes))
-                    self._ids.seek(0)
-                    while piece := self._ids.read(COPY_BYTES):
-                        file.write(piece)
-                self._sha256, self._n_bytes = file.sha256, file.n_bytes
+        self._file.close()
+        if kind is not None:
+            self.path.unlink()
+            return
+        with self.path.open("r+b") as file:
+            file.write(header(self.n_tokens, self.fingerprint, self.token_bytes))
+        self._sha256 = file_digest(self.path)
+        note(self.path, self._sha256)
 
     @property
     def shard(self) -> Shard:
         """Name, digest and size of the finished file."""
-        return Shard(self.path.name, self._sha256, self._n_bytes, self.n_tokens)
+        n_bytes = HEADER_BYTES + self.token_bytes * self.n_tokens
+        return Shard(self.path.name, self._sha256, n_bytes, self.n_tokens)
 
 
 class ShardSeries:

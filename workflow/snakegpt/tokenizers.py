@@ -8,6 +8,7 @@ that spells it (`encode_ordinary`); documents are joined by the id itself.
 from __future__ import annotations
 
 import base64
+import binascii
 import functools
 import hashlib
 import json
@@ -221,14 +222,20 @@ class BytePairTokenizer(Tokenizer):
         lengths[list(self.special_tokens.values())] = 0
         return lengths
 
+    @functools.cached_property
+    def spelt_ranks(self) -> list[str | None]:
+        """`ranks` in base64."""
+        encode = binascii.b2a_base64
+        return [
+            None if token is None else encode(token, newline=False).decode("ascii")
+            for token in self.ranks
+        ]
+
     def content(self) -> dict[str, Any]:
         found = {
             "kind": self.kind,
             "pattern": self.pattern,
-            "ranks": [
-                None if token is None else base64.b64encode(token).decode("ascii")
-                for token in self.ranks
-            ],
+            "ranks": self.spelt_ranks,
             "special_tokens": self.special_tokens,
         }
         return found if self.encoding is None else found | {"encoding": self.encoding}
@@ -369,7 +376,7 @@ def _from_json(content: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"{kind!r} is no kind of tokenizer")
     return BytePairTokenizer(
         content["pattern"],
-        [None if t is None else base64.b64decode(t, validate=True) for t in content["ranks"]],
+        [None if t is None else binascii.a2b_base64(t, strict_mode=True) for t in content["ranks"]],
         kind=kind,
         special_tokens=content["special_tokens"],
         encoding=content.get("encoding"),

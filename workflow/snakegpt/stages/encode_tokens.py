@@ -35,7 +35,7 @@ from snakegpt.sources.corpora import Source, sources_of
 from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import Tokenizer, load
 
-WRITE_TOKENS = 1 << 20  # that wait in memory
+WRITE_TOKENS = 1 << 17  # that wait in memory: few enough for the processor's cache
 REPORT_S = 0.2  # between looks at the clock of the progress line
 
 REVISION = 4  # 4: several shards a part
@@ -123,7 +123,7 @@ class _Split:
         self._writer = writer
         self._end_of_text = np.array([end_of_text], np.uint32)
         self._counts = np.zeros(n_vocab, np.int64)
-        self._waiting: list[NDArray[Any]] = []
+        self._waiting = np.empty(WRITE_TOKENS, np.uint32)
         self._n_waiting = 0
         self._lengths: Counter[int] = Counter()
         self._n_documents = self._n_text_bytes = self._n_characters = 0
@@ -144,18 +144,22 @@ class _Split:
         self._lengths[n_tokens.bit_length()] += 1
 
     def _write(self, ids: NDArray[Any]) -> None:
-        self._waiting.append(ids)
-        self._n_waiting += len(ids)
-        if self._n_waiting >= WRITE_TOKENS:
+        if self._n_waiting + len(ids) > WRITE_TOKENS:
             self.flush()
+        if len(ids) > WRITE_TOKENS:
+            self._pass_on(ids)
+        else:
+            self._waiting[self._n_waiting : self._n_waiting + len(ids)] = ids
+            self._n_waiting += len(ids)
 
     def flush(self) -> None:
         """Give the shard what waits."""
-        if self._waiting:
-            ids = np.concatenate(self._waiting)
-            self._writer.add(ids)
-            self._counts += np.bincount(ids, minlength=len(self._counts))
-            self._waiting, self._n_waiting = [], 0
+        self._pass_on(self._waiting[: self._n_waiting])
+        self._n_waiting = 0
+
+    def _pass_on(self, ids: NDArray[Any]) -> None:
+        self._writer.add(ids)
+        self._counts += np.bincount(ids, minlength=len(self._counts))
 
     def description(self) -> dict[str, Any]:
         """Shard, totals, lengths by power of two, and how often each id occurs."""
