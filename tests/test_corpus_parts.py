@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from snakegpt import corpus_parts
 from snakegpt.corpus_parts import divide
 from snakegpt.locks import File
 
@@ -36,6 +37,13 @@ def test_parts_hold_every_byte_once_and_in_order(sizes, most, divisible):
     for part in parts.values():
         n_bytes = sum(entry.get("to", entry["bytes"]) - entry.get("from", 0) for entry in part)
         assert n_bytes <= most or (len(part) == 1 and not divisible)
+
+
+def test_no_part_has_more_files_than_a_job_can_hold(monkeypatch):
+    monkeypatch.setattr(corpus_parts, "MOST_FILES", 10)
+    parts = divide(files([1] * 1000), 10_000, None)
+    assert all(5 <= len(part) <= 10 for part in list(parts.values())[:-1])
+    assert sum(len(part) for part in parts.values()) == 1000
 
 
 @pytest.mark.parametrize("same_size", [True, False])

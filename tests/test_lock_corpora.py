@@ -97,6 +97,15 @@ def test_a_change_is_an_error_that_shows_both_unless_updated(project):
     assert locked(project)["one"]["files"] == [pin("one.txt", b"One")]
 
 
+def test_a_corpus_that_cannot_be_locked_holds_up_no_other(project):
+    (project / "one.txt").unlink()
+    (project / "three.txt").unlink()
+    done = run(project, "--all")
+    assert done.returncode == 2
+    assert "no file matches one.txt" in done.stderr and "no file matches three.txt" in done.stderr
+    assert set(locked(project)) == {"two"}
+
+
 def test_a_changed_source_is_locked_anew(project):
     run(project)
     config = yaml.safe_load((project / "config.yaml").read_text())

@@ -9,6 +9,8 @@ from typing import Any
 from snakegpt.formats import can_be_divided
 from snakegpt.locks import File
 
+MOST_FILES = 50_000  # of a part: a job holds the name and digest of each
+
 
 def divide(
     files: Sequence[File], part_bytes: int, separator: str | None
@@ -34,7 +36,7 @@ def divide(
 
 
 def _filled(files: Sequence[File], most: int) -> Iterator[list[dict[str, Any]]]:
-    """Consecutive files in parts of half to all of `most` bytes, as far as their sizes allow.
+    """Consecutive files in parts of half to all of `most` bytes or of MOST_FILES, as their sizes allow.
 
     The next part begins, of the files where it could, with the one whose path has the least checksum.
     Were parts merely filled, a file that is added, removed or grown would move the bounds of all parts
@@ -43,11 +45,12 @@ def _filled(files: Sequence[File], most: int) -> Iterator[list[dict[str, Any]]]:
     start = 0
     while start < len(files):
         n_bytes, stop = 0, start
+        end = min(start + MOST_FILES, len(files))
         bounds = []
-        while stop < len(files) and (stop == start or n_bytes + files[stop].bytes <= most):
+        while stop < end and (stop == start or n_bytes + files[stop].bytes <= most):
             n_bytes += files[stop].bytes
             stop += 1
-            if 2 * n_bytes >= most:
+            if 2 * n_bytes >= most or 2 * (stop - start) >= MOST_FILES:
                 bounds.append(stop)
         if bounds and stop < len(files):
             stop = min(bounds, key=lambda bound: zlib.crc32(files[bound].path.encode("utf-8")))

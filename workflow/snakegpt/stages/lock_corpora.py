@@ -37,38 +37,46 @@ def corpora_in_use(settings: Settings) -> list[str]:
 
 
 def lock_corpora(settings: Settings, lock_file: Path, names: list[str], *, update: bool) -> None:
-    """Lock the named corpora, each as soon as it is known.
+    """Lock the named corpora, each as soon as it is known; one that fails holds up no other.
 
-    raises   UserError if a source cannot be reached, or gives other bytes than were locked
+    raises   UserError if sources cannot be reached, or give other bytes than were locked
     """
+    failures = []
     for name in names:
-        source: Any = settings.corpus(name).source
-        old = locks.read(lock_file).get(name)
-        same_source = old is not None and locks.is_current(old, source.model_dump(mode="json"))
-        if old and not same_source:
-            say(
-                f"{name}  its source has changed: {locks.changes(old, source.model_dump(mode='json'))}"
-            )
-        new = kinds.lock(
-            name,
-            source,
-            workers=settings.execution.download_workers,
-            label=f"lock_corpora {name}",
-            interval_s=settings.execution.log_interval_s,
-            rate=settings.execution.download_rate,
-            before=None if update else old,
+        try:
+            _lock_corpus(settings, lock_file, name, update=update)
+        except UserError as error:
+            failures.append(str(error))
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+def _lock_corpus(settings: Settings, lock_file: Path, name: str, *, update: bool) -> None:
+    source: Any = settings.corpus(name).source
+    old = locks.read(lock_file).get(name)
+    same_source = old is not None and locks.is_current(old, source.model_dump(mode="json"))
+    if old and not same_source:
+        say(f"{name}  its source has changed: {locks.changes(old, source.model_dump(mode='json'))}")
+    new = kinds.lock(
+        name,
+        source,
+        workers=settings.execution.download_workers,
+        label=f"lock_corpora {name}",
+        interval_s=settings.execution.log_interval_s,
+        rate=settings.execution.download_rate,
+        before=None if update else old,
+    )
+    drift = locks.drift(old, new) if old and same_source else []
+    if drift and not update:
+        raise UserError(
+            f"corpus {name} is no longer what was locked:\n  " + "\n  ".join(drift) + "\n"
+            f"  if that is meant: {locks.RELOCK} --update {name}"
         )
-        drift = locks.drift(old, new) if old and same_source else []
-        if drift and not update:
-            raise UserError(
-                f"corpus {name} is no longer what was locked:\n  " + "\n  ".join(drift) + "\n"
-                f"  if that is meant: {locks.RELOCK} --update {name}"
-            )
-        locks.put(lock_file, {name: new})
-        say(
-            f"{name}  {'unchanged' if old and same_source and not drift else 'locked'}:"
-            f" {len(new.files):,} files, {quantity(new.n_bytes, 'B')}"
-        )
+    locks.put(lock_file, {name: new})
+    say(
+        f"{name}  {'unchanged' if old and same_source and not drift else 'locked'}:"
+        f" {len(new.files):,} files, {quantity(new.n_bytes, 'B')}"
+    )
 
 
 @reports_errors
