@@ -78,10 +78,12 @@ def test_on_a_gpu_kernels_count_and_an_idle_device_waits():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("micro_batches", [1, 100])  # profiled, and by the clock alone
-def test_a_window_times_what_is_inside_its_labels(micro_batches):
+# profiled, by the clock alone as nothing is sent, and as a profile would be too large
+@pytest.mark.parametrize(("micro_batches", "ranks"), [(1, 2), (1, 1), (100, 2)])
+def test_a_window_times_what_is_inside_its_labels(micro_batches, ranks):
     torch.set_num_threads(1)
-    window = parts.Window("cpu", micro_batches)
+    window = parts.Window("cpu", micro_batches, ranks)
+    assert window.profiled == ((micro_batches, ranks) == (1, 2))
     while window.open:
         with window.step():
             with part("data"):
@@ -99,7 +101,7 @@ def test_a_window_times_what_is_inside_its_labels(micro_batches):
 
 
 def test_a_step_that_fails_leaves_no_profile_running():
-    window = parts.Window("cpu", 1)
+    window = parts.Window("cpu", 1, 2)
     with pytest.raises(RuntimeError), window.step():
         raise RuntimeError
     assert not window.open

@@ -267,7 +267,17 @@ def test_time_follows_from_arithmetic_and_speed():
 
 
 def test_a_calibration_wins_over_what_would_be_assumed():
-    plan = plan_of(calibration={"step_s": 0.25, "steps": 17})
+    assumed = plan_of()["memory_bytes"]
+    tried = {"step_s": 0.25, "steps": 17, "peak_memory_bytes": assumed["total"] + 123_000_000}
+    plan = plan_of(calibration=tried)
+    assert plan["memory_bytes"] == {
+        **assumed,
+        "allocator": 123_000_000,
+        "total": tried["peak_memory_bytes"],
+    }
+    assert any("allocator 123MB" in line for line in plan_text.table(plan))
+    less = plan_of(calibration={**tried, "peak_memory_bytes": 1})
+    assert less["memory_bytes"] == assumed
     assert plan["rate_tokens_per_s_estimate"] == 48 / 0.25
     assert plan["time_estimate_s"] == 10 * 0.25
     assert plan["assumptions"]["efficiency"] is None

@@ -198,7 +198,7 @@ class Recorder:
     def around(self, step: int) -> AbstractContextManager[None]:
         """Around the update that follows `step` updates: profiled if it is one of the window's."""
         if self._window_opens == step and step + STEPS <= self.work.steps:
-            self._window = Window(self.work.device, self.work.micro_batches)
+            self._window = Window(self.work.device, self.work.micro_batches, self.work.ranks)
         if self._window is None or not self._window.open:
             return nullcontext()
         return self._closely(self._window, step)

@@ -52,7 +52,8 @@ def table(plan: Mapping[str, Any]) -> list[str]:
             "memory a rank",
             quantity(memory["total"], "B"),
             f"state {quantity(states, 'B')}, activations"
-            f" {quantity(memory['activations'], 'B')}{twice}, logits {quantity(memory['logits'], 'B')}",
+            f" {quantity(memory['activations'], 'B')}{twice}, logits {quantity(memory['logits'], 'B')}"
+            + (f", allocator {quantity(memory['allocator'], 'B')}" if memory["allocator"] else ""),
         ),
         ("", "", f"{quantity(plan['available_memory_bytes'], 'B')} available here"),
         (

@@ -317,7 +317,7 @@ def plan(
         "n_vocab_padded": shape.vocabulary,
         "n_parameters": n_parameters(shape),
         "n_parameters_without_embedding": n_parameters(shape, embeddings=False),
-        "memory_bytes": memory_bytes(shape, placement, training.optimizer),
+        "memory_bytes": _as_tried(memory_bytes(shape, placement, training.optimizer), calibration),
         "flops_per_token": flops,
         "total_flops": flops * tokens,
         "batch_tokens": training.batch_tokens,
@@ -344,6 +344,17 @@ def plan(
             "flops": "6 N + 12 L C T a token, N without position embeddings (PaLM, nanoGPT)",
         },
     }
+
+
+def _as_tried(memory: dict[str, int], calibration: Mapping[str, Any] | None) -> dict[str, int]:
+    """Memory by part, and what the steps that were tried held beyond it.
+
+    That is `allocator`: freed memory in pieces too small for the next tensor, on a CPU up to as much
+    again as activations and logits, and by no rule that we know.
+    """
+    tried = calibration["peak_memory_bytes"] if calibration is not None else 0
+    beyond = max(0, tried - memory["total"])
+    return {**memory, "allocator": beyond, "total": memory["total"] + beyond}
 
 
 def learning_rates(training: Training) -> list[list[float]]:
