@@ -43,7 +43,8 @@ def calibrate(
     """
     share = training.batch_tokens // shape.context // group.ranks
     whole = share // launch.micro_rows
-    affordable = max(1, int(limit_s / steps / (expected_step_s / whole)))
+    # Two at least: where gradients wait for those of the next micro-batch, memory is another.
+    affordable = max(2, int(limit_s / steps / (expected_step_s / whole)))
     accumulated = min(whole, MOST_ACCUMULATED, affordable)
     rows = group.ranks * launch.micro_rows * accumulated
     short = training.model_copy(update={"batch_tokens": rows * shape.context})
