@@ -17,6 +17,10 @@ configfile: "config.yaml"
 include: "rules/common.smk"
 
 
+onstart:
+    refuse_what_slurm_would()
+
+
 rule all:
     default_target: True
     input:

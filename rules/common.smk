@@ -203,6 +203,16 @@ def before_training(wildcards):
     }
 
 
+def refuse_what_slurm_would():
+    """Called before anything runs, not in dry runs: those need no cluster."""
+    if workflow.executor_plugin.name != "slurm":
+        return
+    from snakegpt.slurm import require_taken
+
+    jobs = [job for job in workflow.dag.needrun_jobs() if not job.is_local]
+    user_error_as_workflow_error(require_taken, jobs, workflow.executor_settings)
+
+
 def refuse_unknown_targets():
     """Name the nearest target before Snakemake says that it misses a rule. Called last.
 

@@ -28,6 +28,7 @@ LAYERS = [
         "store",
         "run",
         "reference",
+        "slurm",
         "demo",
         "notebook",
     },
