@@ -18,7 +18,7 @@ include: "rules/common.smk"
 
 
 onstart:
-    refuse_what_slurm_would()
+    prepare_slurm()
 
 
 rule all:

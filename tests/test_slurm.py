@@ -5,13 +5,15 @@ tests/test_cluster.py has the real ones.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from types import SimpleNamespace
 
 import pytest
 from snakegpt import slurm
 from snakegpt.errors import UserError
-from snakegpt.slurm import require_taken
+from snakegpt.slurm import keep_unanswered_jobs, require_taken
+from snakemake_executor_plugin_slurm import Executor
 
 
 class Resources(dict):
@@ -98,3 +100,22 @@ def test_a_controller_that_does_not_answer_is_told(answers, monkeypatch, sbatch,
     monkeypatch.setattr(slurm, "ANSWER_S", 0.2)
     with pytest.raises(UserError, match=f"controller does not answer: {said}"):
         require_taken([job()], SETTINGS)
+
+
+@pytest.mark.parametrize(("answers", "kept"), [(0, ["a", "b"]), (1, ["b"])])
+def test_jobs_that_slurm_said_nothing_of_are_kept(monkeypatch, answers, kept):
+    """The plugin's own check yields the jobs that still run, and none when its question failed."""
+
+    async def check(self, active_jobs):
+        self._status_query_calls += answers
+        for job in active_jobs[1:] if answers else []:
+            yield job
+
+    monkeypatch.setattr(Executor, "check_active_jobs", check)
+    keep_unanswered_jobs()
+    executor = SimpleNamespace(_status_query_calls=3)
+
+    async def left():
+        return [job async for job in Executor.check_active_jobs(executor, ["a", "b"])]
+
+    assert asyncio.run(left()) == kept

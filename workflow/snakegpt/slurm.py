@@ -1,4 +1,4 @@
-"""Ask Slurm whether it takes the jobs of a run, before the first one is submitted.
+"""Ask Slurm whether it takes the jobs of a run, before the first one is submitted; and mend its plugin.
 
 sbatch says no when a job's turn comes, hours into a run, and once more for every retry; some it takes and
 lets wait for ever. Asked with --test-only it says no to both at once.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from snakegpt.errors import UserError
@@ -44,6 +44,27 @@ def require_taken(jobs: Iterable[Any], settings: Any) -> None:
         raise UserError(
             f"{text}  change the profile (default-resources, set-resources), or execution.nodes"
         )
+
+
+def keep_unanswered_jobs() -> None:
+    """Let Snakemake ask again for jobs that Slurm said nothing of, as while its controller restarts.
+
+    The plugin (2.8.0) drops all jobs when its question fails, and Snakemake waits for ever.
+    """
+    from snakemake_executor_plugin_slurm import Executor
+
+    check = Executor.check_active_jobs
+
+    async def check_and_keep(self: Any, active_jobs: list[Any]) -> AsyncIterator[Any]:
+        answers = self._status_query_calls
+        async for job in check(self, active_jobs):
+            yield job
+        if active_jobs and self._status_query_calls == answers:
+            say(f"warning: Slurm does not say how {len(active_jobs)} jobs are; it is asked again")
+            for job in active_jobs:
+                yield job
+
+    Executor.check_active_jobs = check_and_keep
 
 
 def _asked_for(job: Any, settings: Any) -> str:
