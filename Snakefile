@@ -17,6 +17,10 @@ configfile: "config.yaml"
 include: "rules/common.smk"
 
 
+onstart:
+    prepare_slurm()
+
+
 rule all:
     default_target: True
     input:

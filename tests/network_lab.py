@@ -101,19 +101,27 @@ class Lab:
     def __exit__(self, *failure: object) -> None:
         for node in range(self.n_nodes + 1):
             # Whatever still runs in a namespace of ours is ours, also what daemons have started.
-            command = ["ip", "netns", "pids", self.name(node)]
-            for pid in subprocess.run(command, capture_output=True, text=True).stdout.split():
+            for pid in self.pids(node):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), 9)
+                    os.kill(pid, 9)
         for process in self.processes:
             process.wait()
         for node in range(self.n_nodes + 1):
             subprocess.run(["ip", "netns", "del", self.name(node)], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / self.name(node), ignore_errors=True)
 
+    def pids(self, node: int) -> list[int]:
+        """What runs on a node."""
+        command = ["ip", "netns", "pids", self.name(node)]
+        return [*map(int, subprocess.run(command, capture_output=True, text=True).stdout.split())]
+
+    def unshape(self, node: int, network: str) -> None:
+        command = ["tc", "-n", self.name(node), "qdisc", "del", "dev", network, "root"]
+        subprocess.run(command, check=True)
+
     def shape(self, node: int, network: str, bit_per_s: float) -> None:
         """What the node sends, at most this fast."""
-        burst = f"{bit_per_s * BUCKET_S / 8:.0f}"
+        burst = f"{max(bit_per_s * BUCKET_S / 8, 4000):.0f}"  # what is longer than it never passes
         subprocess.run(
             ["tc", "-n", self.name(node), "qdisc", "replace", "dev", network, "root", "tbf",
              "rate", f"{bit_per_s:.0f}bit", "burst", burst, "latency", "50ms"],

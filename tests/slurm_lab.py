@@ -19,7 +19,7 @@ from network_lab import Lab, ip
 from network_lab import missing as missing_network
 
 ETC = Path("/etc/slurm")
-FILES = ("slurm.conf", "cgroup.conf")
+FILES = ("slurm.conf", "cgroup.conf", "gres.conf")
 DAEMONS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "squeue", "scancel", "scontrol")
 
 
@@ -37,6 +37,7 @@ SlurmctldHost=ctl(10.77.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=20
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -54,10 +55,11 @@ SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1,sched_min
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+GresTypes=gpu
 MinJobAge=300
-KillWait=60
+KillWait=30
 SlurmdTimeout=30
-NodeName=node[1-{n}] NodeAddr=10.77.0.[11-{last}] CPUs=8 RealMemory=64000 State=UNKNOWN
+NodeName=node[1-{n}] NodeAddr=10.77.0.[11-{last}] CPUs=8 RealMemory=64000 Gres=gpu:1 State=UNKNOWN
 PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -90,6 +92,8 @@ class Slurm(Lab):
         (folder / "slurm.conf").write_text(text)
         # Otherwise slurmd looks for /sys/fs/cgroup, which `ip netns exec` hides.
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        # Any device file passes for a GPU.
+        (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
         ETC.mkdir(exist_ok=True)
         for name in FILES:
             (ETC / name).symlink_to(folder / name)
@@ -106,11 +110,27 @@ class Slurm(Lab):
         self.command(0, ["slurmctld", "-i"])
         for node in range(1, n + 1):
             self.command(node, ["slurmd", "-N", f"node{node}"])
-        deadline = time.monotonic() + 30
-        while self.command(0, ["sinfo", "-h", "-N", "-o", "%T"]).split() != ["idle"] * n:
+        self.wait_for_nodes()
+
+    def wait_for_nodes(self, limit_s: float = 60) -> None:
+        """Until all nodes are idle."""
+        deadline = time.monotonic() + limit_s
+        while self.command(0, ["sinfo", "-h", "-N", "-o", "%T"]).split() != ["idle"] * self.n_nodes:
             if time.monotonic() > deadline:
-                raise RuntimeError(f"Slurm did not come up: {self.command(0, ['sinfo', '-N'])}")
+                raise RuntimeError(f"nodes are not idle: {self.command(0, ['sinfo', '-N'])}")
             time.sleep(0.1)
+
+    def lose_node(self, node: int) -> None:
+        """As when its power fails: it falls silent, without so much as closing a connection."""
+        ip("-n", self.name(0), "link", "set", f"p0-{node}", "down")
+        for pid in self.pids(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def bring_back(self, node: int) -> None:
+        ip("-n", self.name(0), "link", "set", f"p0-{node}", "up")
+        self.command(node, ["slurmd", "-N", f"node{node}"])
+        self.wait_for_nodes()
 
     def __exit__(self, *failure: object) -> None:
         pid = self.folder / "run/munged.pid"  # the one daemon in no namespace

@@ -29,6 +29,7 @@ LAYERS = [
         "store",
         "run",
         "reference",
+        "slurm",
         "demo",
         "notebook",
     },

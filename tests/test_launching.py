@@ -135,6 +135,33 @@ def test_nodes_that_are_not_there_are_refused(slurm, tmp_path, monkeypatch, job,
         on_every_node("m", [], nodes=3, threads=1, shared=tmp_path, environment=environment)
 
 
+def test_a_node_that_never_ended_is_named(slurm, tmp_path):
+    """Its shell, which srun killed in the end, could not take its name away."""
+    (slurm / "srun").write_text(f"#!/bin/sh\necho node2 > {tmp_path}/1.running\nexit 137\n")
+    (tmp_path / "0.running").write_text("left over from a run before")
+    with pytest.raises(SystemExit, match=r"never ended: node2, which hangs or is gone"):
+        on_every_node(
+            "m", [], nodes=2, threads=1, shared=tmp_path, environment={"SLURM_JOB_ID": "7"}
+        )
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({"status": 1, "text": "rank 0: Connection reset by peer"}, "was killed by SIGKILL"),
+        ({}, "was killed by SIGKILL"),
+        ({"status": 1, "text": "no progress for 600 s", "again": True}, "no progress"),
+        ({"status": 2, "text": "training has diverged"}, "has diverged"),
+    ],
+)
+def test_a_kill_is_told_and_not_what_others_suffer_from_it(tmp_path, found, told):
+    outcome = tmp_path / "outcome.json"
+    outcome.write_text(json.dumps(found))
+    place = launching.Place(1, 2, "127.0.0.1", 1)
+    assert told in launching._ended(outcome, place, killed_by=9).text
+    assert told in json.loads(outcome.read_text())["text"]
+
+
 def test_without_srun_the_way_by_hand_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"srun is not installed here(.|\n)*by hand"):

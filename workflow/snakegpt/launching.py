@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -37,10 +39,12 @@ import torch
 from snakegpt.distributed import (
     AGENT,
     OUTCOME,
+    SAVE_TIMEOUT_S,
     STOPPED_EARLY,
     choose_ranks,
     network_environment,
 )
+from snakegpt.durable import write_text_atomically
 from snakegpt.errors import RETRY, USER_ERROR, Interrupted, UserError
 from snakegpt.progress import count, say
 from snakegpt.settings import Execution
@@ -53,6 +57,8 @@ SHARED_OUTCOME = (
 # Jobs that share a node must not share ports, so these follow from the job's number; below 32,768, from
 # where on Linux gives ports to clients.
 FIRST_PORT, PORTS, PORTS_PER_JOB = 20_000, 12_000, 20
+# What a node may take, beyond the time to save, to end after another one has.
+MARGIN_S = 60
 # Of a job's ports: the first is the nodes' own meeting, then come torchrun's, then those of measurements.
 MEASURING_PORT = 10
 
@@ -101,14 +107,17 @@ def on_every_node(
     nodes: int,
     threads: int,
     shared: Path,
+    stop_timeout_s: float = SAVE_TIMEOUT_S,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
     """Run `python -m module *arguments` once on every node of this Slurm job, to the end of all.
 
-    threads  cores of each node
-    shared   folder that all nodes see, for the ranks' logs and the first failure
-    raises   UserError and Interrupted as a rank raised them, and UserError where there is no Slurm job
-             of as many nodes; SystemExit(1) if a node failed
+    threads         cores of each node
+    shared          folder that all nodes see, for the ranks' logs and the first failure
+    stop_timeout_s  that ranks have to save; a node that has not ended a minute later than that, counted
+                    from the end of the first one, hangs: Slurm ends it, and it is named
+    raises          UserError and Interrupted as a rank raised them, and UserError where there is no Slurm
+                    job of as many nodes; SystemExit(1) if a node failed
     """
     job = environment.get("SLURM_JOB_ID")
     srun = shutil.which("srun")
@@ -127,18 +136,23 @@ def on_every_node(
         )
     shared.mkdir(parents=True, exist_ok=True)
     outcome = shared / "outcome.json"
-    outcome.unlink(missing_ok=True)
+    for old in (outcome, *shared.glob("*.running")):
+        old.unlink(missing_ok=True)
     port = FIRST_PORT + int(job) * PORTS_PER_JOB % PORTS
     # SLURM_LAUNCH_NODE_IPADDR is the address of the node that srun runs on as Slurm reaches it, which a
     # Debian host's own name (127.0.1.1 in /etc/hosts) is not.
     inner = (
-        f'export {NODE}="$SLURM_NODEID/{nodes}"'
-        f' {RENDEZVOUS}="$SLURM_LAUNCH_NODE_IPADDR:{port}"; exec "$@"'
+        f'export {NODE}="$SLURM_NODEID/{nodes}" {RENDEZVOUS}="$SLURM_LAUNCH_NODE_IPADDR:{port}"\n'
+        # A file that says its name stays of a node that never ended. Signals, which Slurm sends to all
+        # processes, are the command's; the trap keeps this shell until it has ended.
+        f"running={shlex.quote(str(shared.absolute()))}/$SLURM_NODEID.running; trap : TERM USR1\n"
+        'echo "$SLURMD_NODENAME" > "$running"; "$@"; status=$?; rm -f "$running"; exit $status'
     )
     command = [srun, f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
     # Slurm 22.05 and newer pass no --cpus-per-task on from the job. A node that ends badly must not have
     # the others killed before they have saved: --kill-on-bad-exit=0, torchrun ends them.
-    command += [f"--cpus-per-task={threads}", "--kill-on-bad-exit=0", "bash", "-c", inner, "bash"]
+    command += [f"--cpus-per-task={threads}", "--kill-on-bad-exit=0"]
+    command += [f"--wait={round(stop_timeout_s) + MARGIN_S}", "bash", "-c", inner, "bash"]
     command += [sys.executable, "-m", module, *arguments]
     # Unless asked for, none of c10d's warnings that it cannot look a client's address up.
     variables = {"TORCH_CPP_LOG_LEVEL": "ERROR", **environment, SHARED_OUTCOME: str(outcome)}
@@ -152,9 +166,13 @@ def on_every_node(
     if not status:
         return
     found = _read(outcome)
-    if not found:  # no rank failed, or nodes share no filesystem: they have said it themselves
+    silent = [file.read_text(encoding="utf-8").strip() for file in shared.glob("*.running")]
+    if not found and not silent:  # no rank failed, or nodes share no filesystem: they have said it
         raise SystemExit(status)
-    raise_outcome(found, status, f"what each rank printed: {shared}")
+    more = [f"what each rank printed: {shared}"]
+    if silent:
+        more.insert(0, f"never ended: {', '.join(sorted(silent))}, which hangs or is gone")
+    raise_outcome(found, status, "\n  ".join(more))
 
 
 def _allocated_nodes(job: str) -> int:
@@ -232,7 +250,8 @@ def run_ranks(
     environment: Mapping[str, str] | None = None,
     logs: Path | None = None,
     share_outcome: bool = False,
-    stop_timeout_s: float = 120.0,
+    stop_timeout_s: float = SAVE_TIMEOUT_S,
+    start_timeout_s: float | None = None,
 ) -> Outcome:
     """Run `python -m module *arguments` once a rank of this node, together with those of the others.
 
@@ -243,6 +262,7 @@ def run_ranks(
     logs            folder for what the ranks but 0 print, which prints here; None: they are not kept
     share_outcome   leave how the ranks ended to the one who called all nodes, if there is one
     stop_timeout_s  between the signal that asks ranks to save and leave, and SIGKILL
+    start_timeout_s that nodes wait for one that does not come; None: as torchrun does, 15 minutes
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -269,6 +289,8 @@ def run_ranks(
         if place.nodes > 1:
             command = ["--nnodes", str(place.nodes), "--node-rank", str(place.node)]
             command += ["--master-addr", place.host, "--master-port", str(place.port + launch)]
+            if start_timeout_s:
+                command += ["--rdzv-conf", f"timeout={math.ceil(start_timeout_s)}"]
         command += ["--nproc-per-node", str(ranks), "--max-restarts", "0"]
         command += ["--shutdown-timeout", str(round(stop_timeout_s))]
         command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
@@ -303,17 +325,15 @@ def run_ranks(
 
 def _ended(outcome: Path, place: Place, killed_by: int | None) -> Outcome:
     found = _read(outcome)
-    if found:
-        return Outcome(int(found["status"]), str(found["text"]))
     where = f"a rank on node {place.node} ({socket.gethostname()})"
-    if killed_by is None:
-        return Outcome(1, f"{where} failed")
-    name = signal.Signals(killed_by).name
-    why = " (by hand, or for lack of memory)" if name == "SIGKILL" else ""
-    found = {"status": 1, "text": f"{where} was killed by {name}{why}"}
-    if not outcome.exists():  # what other nodes' ranks then suffer from its absence is noise
-        outcome.write_text(json.dumps(found), encoding="utf-8")
-    return Outcome(1, found["text"])
+    # A kill is the cause, and the errors of other ranks whose connections it closed are noise, but for
+    # what a watchdog or a mistake in the settings ended them with.
+    if killed_by is not None and not found.get("again") and found.get("status", 1) == 1:
+        name = signal.Signals(killed_by).name
+        why = " (by hand, or for lack of memory)" if name == "SIGKILL" else ""
+        found = {"status": 1, "text": f"{where} was killed by {name}{why}"}
+        write_text_atomically(outcome, json.dumps(found))
+    return Outcome(int(found.get("status", 1)), str(found.get("text", f"{where} failed")))
 
 
 def advised_environment(network: Path | None, nodes: int, *, label: str) -> dict[str, str]:

@@ -83,9 +83,14 @@ def train_model(
     device = distributed.choose_device(execution.device)
     place = launching.place_of(os.environ)
     if execution.nodes > 1 and place is None and not distributed.is_rank():
-        shared = state / "ranks"
-        nodes = execution.nodes
-        launching.on_every_node(MODULE, arguments, nodes=nodes, threads=threads, shared=shared)
+        launching.on_every_node(
+            MODULE,
+            arguments,
+            nodes=execution.nodes,
+            threads=threads,
+            shared=state / "ranks",
+            stop_timeout_s=execution.stop_timeout_s,
+        )
         return
     shares = rows  # what ranks can be given
     if execution.deterministic:
@@ -132,6 +137,7 @@ def train_model(
                 logs=state / "ranks" / f"node{place.node}",
                 share_outcome=True,
                 stop_timeout_s=execution.stop_timeout_s,
+                start_timeout_s=execution.hang_timeout_s,
             ).raise_for_status()
             return
         distributed.launch(
