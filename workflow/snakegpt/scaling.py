@@ -219,7 +219,7 @@ def verdict(
     if share <= TOO_SLOW and not slower:
         text = (
             f"overlap or accumulate more: exchanges take {share:.0%} of a step on {ranks} ranks,"
-            f" {widest['accumulation']} micro-batches each; larger batch_tokens"
+            f" micro-batches of each: {widest['accumulation']}; larger batch_tokens"
             f" exchange as much less often; {needs}; {expected}."
         )
         return {**found, "kind": "accumulate", "text": text}
