@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from kubernetes_stand_in import Cluster
-from store_fixtures import packages, s3_server
+from store_fixtures import S3, packages, s3_server
 from test_workflow import Project
 
 HERE = Path(__file__).parent
@@ -57,23 +57,34 @@ class Deployment(Project):
         kubeconfig.write_text(self.cluster.kubeconfig(), encoding="utf-8")
         self.environment["KUBECONFIG"] = str(kubeconfig)
 
-    def start(self, endpoint: str, keys: tuple[str, str], target: str) -> subprocess.Popen[str]:
+    def start(self, s3: S3, target: str) -> subprocess.Popen[str]:
         command = self.command(
             "snakemake", "--workflow-profile", "profiles/kubernetes",
             "--configfile", "config.yaml", "mine.yaml",
-            "--storage-s3-endpoint-url", endpoint, "--seconds-between-status-checks", "1",
+            "--storage-s3-endpoint-url", s3.endpoint, "--seconds-between-status-checks", "1",
             "--", target,
         )  # fmt: skip
-        key, secret = keys
-        secrets = {
-            "SNAKEMAKE_STORAGE_S3_ACCESS_KEY": key,
-            "SNAKEMAKE_STORAGE_S3_SECRET_KEY": secret,
-        }
+        names = ("SNAKEMAKE_STORAGE_S3_ACCESS_KEY", "SNAKEMAKE_STORAGE_S3_SECRET_KEY")
+        secrets = dict(zip(names, s3.writer, strict=True))
         with (self.folder.parent / "snakemake.log").open("w") as log:
             return subprocess.Popen(
                 command, cwd=self.folder, env={**self.environment, **secrets},
                 stdout=log, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
+
+    def in_the_bucket(self, s3: S3, path: str) -> str:
+        url = f"{PROFILE['default-storage-prefix']}/{path}"
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        code = (
+            "import boto3, sys; endpoint, user, secret, bucket, key = sys.argv[1:];"
+            "found = boto3.client('s3', endpoint_url=endpoint, aws_access_key_id=user,"
+            " aws_secret_access_key=secret).get_object(Bucket=bucket, Key=key);"
+            "sys.stdout.buffer.write(found['Body'].read())"
+        )
+        command = [sys.executable, "-c", code, s3.endpoint, *s3.writer, bucket, key]
+        return subprocess.run(
+            command, env=self.environment, check=True, capture_output=True, text=True
+        ).stdout
 
     @property
     def said(self) -> str:
@@ -87,7 +98,7 @@ def deployment(tmp_path):
         yield made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def s3():
     with s3_server() as server:
         yield server
@@ -111,7 +122,9 @@ def test_a_report_from_nothing_through_pods_one_of_which_is_taken_back(deploymen
     cluster = deployment.cluster
     deployment.set("experiments.tiny.training.steps", 3000)
     deployment.set("experiments.tiny.training.validation_interval", 200)  # a state each time
-    running = deployment.start(s3.endpoint, s3.writer, "report_tiny")
+    # Its file is made in a pod, and stays there and in the bucket.
+    assert ended(deployment.start(s3, "plan_tiny"), 200) == 0, deployment.said
+    running = deployment.start(s3, "report_tiny")
     state = cluster.claim("snakegpt") / "store/state"
     deadline = time.monotonic() + 300
     while not list(state.glob("*/state_*")):
@@ -129,8 +142,7 @@ def test_a_report_from_nothing_through_pods_one_of_which_is_taken_back(deploymen
     assert not LOCAL & set(names)
     (again,) = [n for n, job in cluster.jobs.items() if rule_of(job) == "train_model" and n != training]  # fmt: skip
     assert "tiny  resumes at step" in cluster.log(again)
-    page = (deployment.folder / "results/reports/tiny/report.html").read_text(encoding="utf-8")
-    assert "How it learned" in page
+    assert "How it learned" in deployment.in_the_bucket(s3, "results/reports/tiny/report.html")
     assert cluster.secrets == {}  # no credentials are left behind
     assert cluster.jobs.keys() - cluster.deleted == {training}
     for job in cluster.jobs.values():
@@ -167,7 +179,7 @@ def gpu_rules() -> set[str]:
 def test_a_pod_whose_command_fails_ends_the_run_and_keeps_its_log(deployment, s3):
     """Plugin 0.5.1 asks for the log of a container before this one, which there never is; see docs."""
     (deployment.folder / "texts/a.txt").write_text("not what was locked")
-    running = deployment.start(s3.endpoint, s3.writer, "results/corpora/generated/corpus.json")
+    running = deployment.start(s3, "results/corpora/generated/corpus.json")
     assert ended(running, 120) == 1
     assert "previous terminated container" in deployment.said
     (name,) = deployment.cluster.jobs  # not tried again
