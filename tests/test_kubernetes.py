@@ -166,6 +166,7 @@ def check_manifest(job: dict) -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         v["name"] for v in pod["volumes"]
     }
+    assert "SNAKEGPT_MACHINE" in {variable["name"] for variable in container["env"]}
     paths = [mount["mountPath"] for mount in container["volumeMounts"]]
     assert len(paths) == len(set(paths))
 
