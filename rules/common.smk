@@ -42,8 +42,13 @@ gc.set_threshold(50_000, 20, 100)
 os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
 
 # A job on another node reads this file again, and must see the machine that its measurements were asked
-# for on: Slurm's jobs get this process's environment.
+# for on: Slurm's jobs get this process's environment, a pod what is declared.
 os.environ.setdefault(MACHINE, json.dumps(machine()))
+
+
+envvars:
+    MACHINE,
+
 
 PIPELINE = user_error_as_workflow_error(make_pipeline)
 SETTINGS = PIPELINE.settings

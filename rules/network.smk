@@ -54,3 +54,32 @@ rule measure_scaling:
         arguments=arguments_of("measure_scaling"),
     shell:
         "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
+
+
+rule draw_network:
+    input:
+        unpack(inputs_of("draw_network")),
+    output:
+        page=report(
+            "results/networks/{experiment}/network.html",
+            caption="../workflow/report/captions/network.rst",
+            category="Networks",
+            labels={"experiment": "{experiment}"},
+        ),
+    log:
+        "logs/draw_network/{experiment}.log",
+    benchmark:
+        "logs/draw_network/{experiment}.tsv"
+    localrule: True
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        settings=settings_of("draw_network"),
+        code=code_of_stage("draw_network"),
+        arguments=arguments_of("draw_network"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"

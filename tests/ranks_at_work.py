@@ -4,7 +4,9 @@
 
 jobs.json   list of {"out": folder, "state": folder, "manifest": path, "training": settings,
             "launch": settings, "shape": what differs from SHAPE, "local_ranks": of a node that
-            is made up, "stop_at": step after which it is to stop}; all but the first three optional
+            is made up, "stop_at": step after which it is to stop, "counted": whether to leave the
+            bytes that rank 0 sends for the gradients of a step in out/sent}; all but the first three
+            optional
 """
 
 from __future__ import annotations
@@ -71,10 +73,28 @@ def work(job: dict[str, Any], group: Group) -> None:
     if job.get("stop_at"):
         agreed = one._agreed
         one._agreed = lambda came, due: agreed(one.step == job["stop_at"], due)  # type: ignore[method-assign]
+    sent: list[int] = []
+    if job.get("counted"):
+        gradients = one.updates._gradients
+
+        def counting(place: int) -> None:
+            before = written_bytes()
+            gradients(place)
+            sent.append(written_bytes() - before)
+
+        one.updates._gradients = counting  # type: ignore[method-assign]
     try:
         one.run(out)
     except Interrupted:
         assert job.get("stop_at")
+    if sent and group.leads:
+        (out / "sent").write_text(str(min(sent)))  # in others a state was written beside
+
+
+def written_bytes() -> int:
+    """By this process, to files and sockets, as the kernel counts."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["wchar"])
 
 
 def main() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from snakegpt.scaling import efficiencies, verdict
 from snakegpt.settings import Corpus, Evaluation, Gpt2Tokenizer, Model, Sampling, Training
 
 FINGERPRINT = "c05f" * 16
@@ -195,6 +198,30 @@ def network(ranks: int = 2) -> dict[str, Any]:
     }
 
 
+def scaling(ranks: Sequence[int] = (1, 2, 4)) -> dict[str, Any]:
+    """8 s of work, shared out; every doubling of the ranks adds 0.1 s of exchanges to a step."""
+
+    def run(n: int, compute_s: float) -> dict[str, Any]:
+        exchange_s = 0.1 * math.log2(n)
+        return {
+            "ranks": n, "rows": 32, "accumulation": 8 // n, "steps": 20,
+            "step_s": compute_s + exchange_s, "compute_s": compute_s, "communication_s": exchange_s,
+            "data_s": 0.01 * compute_s, "idle_s": 0.04 * compute_s * (n > 1),
+        }  # fmt: skip
+
+    weak, strong = [run(n, 1.0) for n in ranks], [run(n, 8 / n) for n in ranks]
+    facts = {"gradient_bytes": 4 * N_PARAMETERS, "batch_tokens": BATCH, "steps": STEPS}
+    return {
+        "machine": {"host": "ada"},
+        "nodes": 1,
+        "gradient_bytes": 4 * N_PARAMETERS,
+        "weak": weak,
+        "strong": strong,
+        "efficiencies": efficiencies(weak, strong),
+        "verdict": verdict(strong, **facts, strategy="ddp"),
+    }
+
+
 def plan() -> dict[str, Any]:
     return {
         "device": "cpu", "precision": "float32", "ranks": 2, "rows_per_rank": 8, "accumulation": 2,
@@ -313,3 +340,57 @@ def results(folder: Path, *, ranks: int = 2, **run: Any) -> dict[str, Path]:
         path.write_text(text, encoding="utf-8")
         files[path.parent.name] = [path]
     return files
+
+
+# ---- reading pages ---------------------------------------------------------------------------
+
+VOID = {"meta", "link", "br", "hr", "img", "path", "use"}
+
+
+class Reader(html.parser.HTMLParser):
+    """Checks that tags nest, and gathers references, ids and text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.references, self.ids, self.tags, self.texts = [], [], [], set(), []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
+                self.references.append(value)
+            if name == "id":
+                self.ids.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return "".join(self.texts)
+
+
+def require_self_contained(page: str) -> None:
+    """A page is well-formed, runs no scripts and refers to nothing but itself."""
+    read = Reader(page)
+    outside = [to for to in read.references if not to.startswith("#") and to != "data:,"]
+    assert outside == []
+    assert "script" not in read.tags
+    assert "@import" not in page
+    assert all(part.startswith("#") for part in page.split("url(")[1:])
+    assert len(read.ids) == len(set(read.ids))
+    assert {to[1:] for to in read.references if to.startswith("#")} <= set(read.ids)

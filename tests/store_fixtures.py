@@ -162,7 +162,7 @@ def s3_server() -> Iterator[S3]:
     """moto's server as a process of its own, on a free port."""
     environment = {
         **os.environ,
-        "PYTHONPATH": str(_server_packages()),
+        "PYTHONPATH": str(packages(PINS)),
         "AWS_ACCESS_KEY_ID": "owner",
         "AWS_SECRET_ACCESS_KEY": "owner",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -216,16 +216,16 @@ print(json.dumps(keys))
 """
 
 
-def _server_packages() -> Path:
-    """The server's packages, installed once into a folder of their own."""
-    digest = hashlib.sha256(PINS.read_bytes()).hexdigest()[:12]
-    folder = CACHE / f"s3_server-{digest}"
+def packages(pins: Path) -> Path:
+    """The packages that a file of pins names, installed once into a folder of their own."""
+    digest = hashlib.sha256(pins.read_bytes()).hexdigest()[:12]
+    folder = CACHE / f"{pins.stem}-{digest}"
     if not folder.is_dir():
         aside = folder.with_name(f"{folder.name}-{os.getpid()}")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--target", str(aside), "-r", str(PINS)]
+        command += ["--only-binary", ":all:", "--target", str(aside), "-r", str(pins)]
         if subprocess.run(command, check=False).returncode:
-            pytest.skip("the S3 server cannot be downloaded")
+            pytest.skip(f"what {pins.name} names cannot be downloaded")
         with contextlib.suppress(OSError):  # another test process was faster
             aside.rename(folder)
     return folder

@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import html.parser
 import re
 from pathlib import Path
 
 import pytest
 import report_fixtures
 import yaml
+from report_fixtures import Reader
 from snakegpt import charts
 from snakegpt import settings as tree
 from snakegpt.pages.rendering import readable_time
 from snakegpt.pages.report import settings_yaml
-from snakegpt.stages import build_index, build_report
+from snakegpt.stages import build_index, build_report, draw_network
 
 TEMPLATES = Path(charts.__file__).parent / "templates"
-VOID = {"meta", "link", "br", "hr", "img", "path", "use"}
-
-
-class Reader(html.parser.HTMLParser):
-    """Checks that tags nest, and gathers references, ids and text."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.references, self.ids, self.tags, self.texts = [], [], [], set(), []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        for name, value in attributes:
-            if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
-                self.references.append(value)
-            if name == "id":
-                self.ids.append(value)
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    @property
-    def text(self):
-        return "".join(self.texts)
 
 
 def report(folder, **changes):
@@ -69,15 +31,7 @@ def report(folder, **changes):
     "changes", [{}, {"ranks": 1}, {"resumed_at": 120}, {"unsteady": True}, {"gpus": True}]
 )
 def test_a_report_is_one_well_formed_file_that_refers_to_nothing_outside(tmp_path, changes):
-    page = report(tmp_path, **changes)
-    read = Reader(page)
-    outside = [to for to in read.references if not to.startswith("#") and to != "data:,"]
-    assert outside == []
-    assert "script" not in read.tags
-    assert "@import" not in page
-    assert all(part.startswith("#") for part in _urls(page))
-    assert len(read.ids) == len(set(read.ids))
-    assert {to[1:] for to in read.references if to.startswith("#")} <= set(read.ids)
+    report_fixtures.require_self_contained(report(tmp_path, **changes))
 
 
 def test_what_came_between_is_told_in_its_order(tmp_path):
@@ -111,10 +65,6 @@ def test_gpus_and_the_verdict_are_told(tmp_path):
     assert "17 steps tried on this machine" in text
     assert "1 × H100" in text
     assert "8 × T4" not in text
-
-
-def _urls(page):
-    return [part.split(")")[0] for part in page.split("url(")[1:]]
 
 
 def test_what_a_model_wrote_is_text(tmp_path):
@@ -182,11 +132,11 @@ def test_times_read_as_people_say_them(seconds, text):
 
 
 def test_changed_templates_mean_a_new_revision():
-    """The code digest covers Python only. When this fails: raise REVISION in build_report and
-    build_index, then write the new revision and digest here."""
+    """The code digest covers Python only. When this fails: raise REVISION in build_report,
+    build_index and draw_network, then write the new revision and digest here."""
     digest = hashlib.sha256()
     for path in sorted(TEMPLATES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    known = {3: "04e42552a85b00e72cbdf4f97c0c7bb996329e43e7095968d8f5bc0e0a7189b6"}
-    assert build_report.REVISION == build_index.REVISION
+    known = {4: "8e187c5237f080235a192735b22c9f9787a45f50d130869867497abf104f637b"}
+    assert build_report.REVISION == build_index.REVISION == draw_network.REVISION
     assert digest.hexdigest() == known[build_report.REVISION]

@@ -89,6 +89,18 @@ def test_the_manifest_of_several_nodes_is_consistent():
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
+def test_the_kubernetes_profile_says_everywhere_the_same():
+    """Bucket and volume stand in several lines of it, and in what is to be done once."""
+    found = profile("kubernetes")
+    results = (
+        f".snakemake/storage/s3/{found['default-storage-prefix'].removeprefix('s3://')}/results"
+    )
+    assert f"ln -sfn /volume/results {results}" in found["precommand"]
+    assert f"ln -s {results} results" in (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    assert found["kubernetes-persistent-volumes"] == ["snakegpt:/volume"]
+    assert "keep-storage-local-copies" not in found  # for pods alone
+
+
 def test_the_slurm_profile_lets_no_rule_ask_for_one_gpu():
     """Every rule that counts GPUs for a laptop's scheduler is told otherwise: a cluster may have none."""
     rules = "".join(file.read_text() for file in (ROOT / "rules").glob("*.smk"))

@@ -75,6 +75,20 @@ def test_the_wire_that_is_wanted_follows_from_a_ring():
     assert "8Gbit/s between ranks would bring it to 10%" in found["text"]
 
 
+@pytest.mark.parametrize(
+    ("communication_s", "strategy", "told"),
+    [(0.6, "ddp", True), (0.2, "zero1", True), (0.05, "ddp", False), (0.6, "fsdp", False)],
+)
+def test_half_the_bytes_are_named_where_they_would_help(communication_s, strategy, told):
+    strong = [run(1, 2.0), run(2, 1.0, communication_s)]
+    facts = {"gradient_bytes": 10**8, "batch_tokens": 700, "steps": 1, "strategy": strategy}
+    text = scaling.verdict(strong, **facts, halvable=True)["text"]
+    assert ("gradient_exchange = bfloat16" in text) == told
+    if communication_s == 0.6:
+        assert ("at best 1k tokens/s" in text) == told  # 0.3 s less of 1 s
+    assert "gradient_exchange" not in scaling.verdict(strong, **facts, halvable=False)["text"]
+
+
 def test_real_ranks_are_measured_on_real_tokens(tmp_path):
     settings = {
         "model": {"layers": 1, "heads": 2, "channels": 16, "context": 16, "vocabulary_multiple": 1},

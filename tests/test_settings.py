@@ -117,6 +117,16 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
             0.9,
             ["muon_momentum = 0.9 means nothing", "optimizer = adamw", "only muon"],
         ),
+        (
+            "experiments.gpt2.laptop",
+            {"training": {"gradient_exchange": "bfloat16"}, "execution": {"deterministic": True}},
+            ["gradient_exchange = bfloat16 does not go with execution.deterministic", "float32"],
+        ),
+        (
+            "experiments.gpt2.laptop",
+            {"training": {"gradient_exchange": "bfloat16"}, "execution": {"strategy": "fsdp"}},
+            ["gradient_exchange = bfloat16 does not go with strategy fsdp", "ddp or zero1"],
+        ),
         ("experiments.gpt2.model.preset", "1.6B", ["preset = '1.6B'", "Nearest valid name: 1.5B"]),
         ("experiments.My Model", {}, ["My Model", "pattern"]),
     ],
@@ -236,7 +246,16 @@ def test_science_leaves_out_labels_and_keeps_everything_else():
         "license",
     }
     training = load(CONFIG).experiments["gpt2"].training
-    assert science(training) == training.model_dump()
+    later = {"gradient_exchange"}
+    assert science(training) == training.model_dump(exclude=later)
+
+
+def test_a_later_setting_counts_only_where_it_is_not_what_it_always_was():
+    """Else it would give all results that there are another key, and the runs that are under way."""
+    before = science(settings.Training())
+    assert science(settings.Training(gradient_exchange="float32")) == before
+    after = science(settings.Training(gradient_exchange="bfloat16"))
+    assert after == {**before, "gradient_exchange": "bfloat16"}
 
 
 def test_every_setting_is_described():

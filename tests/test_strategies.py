@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks_at_work import work
+from ranks_at_work import SHAPE, work
 from safetensors.torch import load_file
 from snakegpt.distributed import Group
-from snakegpt.strategies import _branches, dealt, joined, whole
+from snakegpt.errors import UserError
+from snakegpt.model import GPT
+from snakegpt.settings import Training
+from snakegpt.strategies import _branches, dealt, joined, make_strategy, whole
 from train_fixtures import ENVIRONMENT, metrics, tokens
 
 STRATEGIES = ("ddp", "zero1", "fsdp")
@@ -64,6 +67,11 @@ def runs(tmp_path_factory) -> Path:
         for o in OPTIMIZERS
         for step, s in zip((30, 35, 40), STRATEGIES, strict=True)
     ]
+    two += [
+        job(f"2-{s}-{exchange}", s, counted=True, training={"gradient_exchange": exchange})
+        for s in ("ddp", "zero1")
+        for exchange in ("float32", "bfloat16")
+    ]
     ranks_work(2, two, folder)
     for o in OPTIMIZERS:
         work(job(f"resharded-{o}", "ddp", training={"optimizer": o}), Group())
@@ -97,6 +105,29 @@ def test_states_are_resharded_between_ranks_and_strategies(runs, optimizer):
     run = runs / f"resharded-{optimizer}"
     assert losses(run) == pytest.approx(losses(runs / f"1-ddp-{optimizer}"), rel=1e-5)
     assert [line["step"] for line in metrics(run, "resume")] == [20, 30, 35, 40]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_gradients_in_bfloat16_are_half_the_bytes_and_train_alike(runs, strategy):
+    whole, half = (runs / f"2-{strategy}-{exchange}" for exchange in ("float32", "bfloat16"))
+    n_parameters = sum(p.numel() for p in GPT(SHAPE, "sdpa", "plain").parameters())
+    sent = {run: int((run / "sent").read_text()) for run in (whole, half)}
+    # Of two ranks each sends as many numbers as there are, and some bytes about them.
+    assert sent[whole] - sent[half] == 2 * n_parameters
+    assert 2 * n_parameters <= sent[half] < 2.2 * n_parameters
+    assert losses(half) != losses(whole)
+    assert losses(half) == pytest.approx(losses(whole), rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "deterministic", "words"),
+    [("fsdp", False, "strategy fsdp"), ("ddp", True, "execution.deterministic")],
+)
+def test_what_cannot_send_bfloat16_says_so(name, deterministic, words):
+    model = GPT(SHAPE, "sdpa", "plain")
+    recipe = Training(gradient_exchange="bfloat16")
+    with pytest.raises(UserError, match=f"gradient_exchange = bfloat16 does not go with {words}"):
+        make_strategy(name, model, recipe, Group(), compiled=False, deterministic=deterministic)
 
 
 def test_any_number_of_ranks_ends_at_the_same_bits_in_the_deterministic_mode(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from itertools import pairwise
@@ -174,6 +174,50 @@ def bandwidth_chart(points: Points) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_formatter(NullFormatter())
+    return svg.text
+
+
+def shares_chart(bars: Sequence[tuple[str, Mapping[str, float]]]) -> str:
+    """Steps of several runs, each a bar cut into what took its time; bars are (number of ranks, part -> share).
+
+    Parts: computing, exchanging, and what is waited for: batches and the slowest rank.
+    """
+    looks = {
+        "computing": (FIRST, 1.0),
+        "exchanging gradients": (SECOND, 1.0),
+        "waiting for batches": (SECOND, 0.5),
+        "waiting for the slowest rank": (MUTED, 0.5),
+    }
+    size = (WIDE[0], 1.3 + 0.42 * len(bars))
+    with _figure("shares", "Shares of a step by number of ranks", size) as (axes, svg):
+        at = [0.0] * len(bars)
+        for name, (colour, alpha) in looks.items():
+            widths = [100 * shares.get(name, 0.0) for _, shares in bars]
+            axes.barh(range(len(bars)), widths, 0.62, at, color=colour, alpha=alpha, label=name)
+            at = [left + width for left, width in zip(at, widths, strict=True)]
+        axes.grid(visible=False, axis="y")
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, borderpad=0, handlelength=1
+        )
+        _label(axes, "share of a step, %", "ranks")
+        axes.set_xlim(0, 100)
+        axes.set_yticks(range(len(bars)), [ranks for ranks, _ in bars])
+        axes.invert_yaxis()
+    return svg.text
+
+
+def efficiency_chart(ranks: Sequence[int], weak: Sequence[float], strong: Sequence[float]) -> str:
+    """Weak and strong efficiency by number of ranks, and the line of perfect scaling."""
+    with _figure("efficiency", "Weak and strong efficiency by number of ranks") as (axes, svg):
+        places = range(len(ranks))
+        axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+        for values, colour, label in ((weak, FIRST, "weak"), (strong, SECOND, "strong")):
+            axes.plot(places, values, color=colour, linewidth=1.8, marker="o", label=label)
+        axes.legend(loc="lower left")
+        _label(axes, "ranks", "efficiency")
+        axes.set_ylim(0, 1.08 * max(1, *weak, *strong))
+        axes.set_xticks(places, [f"{n:,}" for n in ranks])
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     return svg.text
 
 

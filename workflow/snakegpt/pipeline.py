@@ -37,6 +37,7 @@ OUTPUTS = {
     "index_tokens": ["results/tokens/{corpus}-{tokenizer}/manifest.json"],
     "bench_network": ["results/networks/{experiment}/network.json"],
     "measure_scaling": ["results/scaling/{experiment}/scaling.json"],
+    "draw_network": ["results/networks/{experiment}/network.html"],
     "plan_training": ["results/plans/{experiment}/plan.json"],
     "train_model": [
         "results/models/{experiment}/weights.safetensors",
@@ -56,7 +57,7 @@ OUTPUTS = {
 
 # Target prefix -> the result it stands for: `snakemake train_gpt2`.
 TARGETS = {
-    "scaling": "results/scaling/{experiment}/scaling.json",
+    "scaling": "results/networks/{experiment}/network.html",
     "plan": "results/plans/{experiment}/plan.json",
     "train": "results/models/{experiment}/weights.safetensors",
     "evaluate": "results/evaluations/{experiment}/evaluation.json",
@@ -291,6 +292,15 @@ class Pipeline:
             },
             inputs={"tokens": [_tokens_of(chosen)]},
             execution={"network": _output("bench_network", experiment=experiment)},
+        )
+
+    def _draw_network(self, experiment: str) -> Request:
+        of = functools.partial(_output, experiment=experiment)
+        return Request(
+            "draw_network",
+            {"experiment": experiment},
+            settings={"experiment": experiment},
+            inputs={"network": [of("bench_network")], "scaling": [of("measure_scaling")]},
         )
 
     def _plan_training(self, experiment: str) -> Request:

@@ -175,11 +175,14 @@ def verdict(
     batch_tokens: int,
     steps: int,
     strategy: str,
+    halvable: bool = False,
 ) -> dict[str, Any]:
     """What the widest run says about the full one.
 
-    strategy  that training would choose; fsdp where the states do not fit one device
-    returns   kind (fine, accumulate, fsdp, wire), text, and the predicted time of all steps
+    gradient_bytes  as they are sent
+    strategy        that training would choose; fsdp where the states do not fit one device
+    halvable        whether they could be sent as bfloat16 instead
+    returns         kind (fine, accumulate, fsdp, wire), text, and the predicted time of all steps
     """
     widest = strong[-1]
     ranks, step_s = widest["ranks"], widest["step_s"]
@@ -207,11 +210,17 @@ def verdict(
     allowed_s = widest["compute_s"] * FINE / (1 - FINE)
     wanted_bit_per_s = 8 * gradient_bytes * 2 * (ranks - 1) / ranks / allowed_s
     needs = f"{quantity(wanted_bit_per_s, 'bit/s')} between ranks would bring it to {FINE:.0%}"
+    if halvable:
+        at_best = batch_tokens / (step_s - widest["communication_s"] / 2)
+        needs = (
+            "training.gradient_exchange = bfloat16 would halve what is sent (at best"
+            f" {quantity(at_best, ' tokens/s')}), and {needs}"
+        )
     if share <= TOO_SLOW and not slower:
         text = (
             f"overlap or accumulate more: exchanges take {share:.0%} of a step on {ranks} ranks,"
-            f" {widest['accumulation']} micro-batches each; larger batch_tokens"
-            f" exchange as much less often, and {needs}; {expected}."
+            f" micro-batches of each: {widest['accumulation']}; larger batch_tokens"
+            f" exchange as much less often; {needs}; {expected}."
         )
         return {**found, "kind": "accumulate", "text": text}
     worse = ", slower than one rank alone" if slower else ""

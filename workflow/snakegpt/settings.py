@@ -38,6 +38,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Scale = Literal["laptop", "full"]
 ScheduleKind = Literal["cosine", "linear", "warmup_stable_decay"]
 LABEL = {"identity": False}  # on a field of a science block: describes, decides no byte
+# On one that came when there were results already: its default is how they were made, and stays out of keys.
+LATER = {"identity": "unless default"}
 
 
 class Closed(BaseModel):
@@ -376,6 +378,10 @@ class Training(Closed):
     """Updates skipped in a row after which training goes back to its last validation without any, and leaves out the data in between."""
     rollbacks: Annotated[int, Field(ge=0)] = 3
     """Times that training may go back before it gives up; 0: it gives up at once, and saves no state to go back to."""
+    gradient_exchange: Annotated[Literal["float32", "bfloat16"], Field(json_schema_extra=LATER)] = (
+        "float32"
+    )
+    """Type that ranks send gradients to each other in; bfloat16 is half the traffic of ddp and zero1, and rounds what it sends. Sums within a rank, weights and moments stay float32."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of matrix products; auto: bfloat16 where the device computes it natively, else float32. float16 is for GPUs without bfloat16; its loss is scaled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1337
@@ -397,6 +403,21 @@ class Training(Closed):
             return self.warmup_steps
         cooldown = round((self.cooldown_fraction or 0) * self.decay_end)
         return max(self.warmup_steps, self.decay_end - cooldown)
+
+
+def exchange_problem(training: Training, strategy: str, *, deterministic: bool) -> str | None:
+    """Why ranks that share a step in this way cannot send what `gradient_exchange` says; None if they can."""
+    reason = None
+    if deterministic:
+        reason = "execution.deterministic, which promises one sum for any number of ranks"
+    elif strategy == "fsdp":
+        reason = "strategy fsdp, where torch would add up a rank's micro-batches in it as well"
+    if training.gradient_exchange == "float32" or reason is None:
+        return None
+    return (
+        f"training.gradient_exchange = {training.gradient_exchange} does not go with {reason}.\n"
+        "  set it to float32, or train with strategy ddp or zero1 and deterministic = false"
+    )
 
 
 def continuation_problems(done: Training, wanted: Training) -> list[str]:
@@ -611,19 +632,27 @@ def _named(table: Mapping[str, Any], name: str, noun: str) -> Any:
 
 
 def science(block: BaseModel) -> dict[str, Any]:
-    """The identity part of a settings block as plain JSON values: every field that is no LABEL."""
+    """The identity part of a settings block as plain JSON values: every field that is no LABEL.
+
+    A field that is LATER is left out while it has its default.
+    """
     values = {}
     for name, field in type(block).model_fields.items():
-        if not is_label(field):
-            value = getattr(block, name)
+        value = getattr(block, name)
+        as_before = _identity(field) == LATER["identity"] and value == field.default
+        if not (is_label(field) or as_before):
             values[name] = science(value) if isinstance(value, BaseModel) else value
     return values
 
 
+def _identity(field: FieldInfo) -> Any:
+    extra = field.json_schema_extra
+    return extra.get("identity") if isinstance(extra, dict) else None
+
+
 def is_label(field: FieldInfo) -> bool:
     """Whether a field describes only, and so is no part of identity."""
-    extra = field.json_schema_extra
-    return isinstance(extra, dict) and extra.get("identity") is False
+    return _identity(field) is False
 
 
 # ---- loading ---------------------------------------------------------------------------------
@@ -743,6 +772,9 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
             f" learning_rate = {training.learning_rate:g}."
         )
     problems += meaningless(training, f"{where}.training")
+    how = experiment.execution
+    if problem := exchange_problem(training, how.strategy, deterministic=how.deterministic):
+        problems.append(f"{where}: {problem}")
     end = training.decay_end
     if training.warmup_steps > end:
         problems.append(

@@ -10,6 +10,7 @@
 
 All compute the same sums. They differ in rounding alone, and `ordered` not even in that. Weights stay
 float32 where ranks exchange them, also in fsdp: the strategy is no setting that may change a result.
+Gradients do too unless `training.gradient_exchange` says otherwise, which therefore is one that may.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from snakegpt.distributed import Group, Strategy
+from snakegpt.errors import UserError
 from snakegpt.model import GPT
 from snakegpt.optimizer import Muon, clip_gradients, make_optimizers
-from snakegpt.settings import Training
+from snakegpt.settings import Training, exchange_problem
 
 Branch = tuple[range, list[Tensor]]  # neighbouring micro-batches, and the sum of their gradients
 
@@ -150,7 +152,15 @@ class DataParallel(Alone):
     network: DistributedDataParallel
 
     def _wrapped(self) -> nn.Module:
-        return DistributedDataParallel(super()._wrapped(), gradient_as_bucket_view=True)
+        network = DistributedDataParallel(super()._wrapped(), gradient_as_bucket_view=True)
+        if self.recipe.gradient_exchange == "bfloat16":
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            # Under another name: by its own DDP refuses it without NCCL, though gloo sums bfloat16 too.
+            network.register_comm_hook(
+                None, lambda group, bucket: bf16_compress_hook(group, bucket)
+            )
+        return network
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return make_optimizers(self.model, self.recipe, dist.group.WORLD)
@@ -387,7 +397,10 @@ def make_strategy(
     model          on its device, with its first weights
     compiled       whether to compile the model
     deterministic  sum gradients in one order for any number of ranks
+    raises         UserError if it cannot exchange gradients as the recipe says
     """
+    if problem := exchange_problem(recipe, name, deterministic=deterministic):
+        raise UserError(problem)
     kinds = {"ddp": DataParallel, "zero1": ZeRO1, "fsdp": FullyShardedDataParallel}
     kind = Ordered if deterministic else kinds[name] if group.ranks > 1 else Alone
     return kind(model, recipe, group, compiled=compiled)

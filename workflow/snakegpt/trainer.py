@@ -30,7 +30,7 @@ from snakegpt.huggingface_format import save_weights
 from snakegpt.metrics import Audience, Recorder, Work
 from snakegpt.model import Shape, flops_per_token, n_parameters
 from snakegpt.progress import quantity, say
-from snakegpt.settings import Training
+from snakegpt.settings import Training, science
 from snakegpt.stability import as_json
 from snakegpt.tokens import TokenSet
 from snakegpt.training_state import Saved, StateFolder
@@ -67,7 +67,7 @@ class Trainer:
         self.fingerprint, self.before = tokenizer_fingerprint, before
         run = {
             "model": asdict(shape),
-            "training": recipe.model_dump(),
+            "training": science(recipe),
             "tokenizer": tokenizer_fingerprint,
             **(inputs or {}),
             "continued": before.note if before else None,

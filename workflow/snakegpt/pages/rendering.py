@@ -7,6 +7,7 @@ corpora and models is untrusted and escaped.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -36,6 +37,13 @@ def render(template: str, **context: Any) -> str:
         "visible": visible,
     }
     return environment.get_template(template).render(context)
+
+
+def picture(svg: str) -> str:
+    """A chart as a file of its own: with the page's colours, and a background."""
+    theme = (Path(__file__).parent.parent / "templates" / "theme.css").read_text(encoding="utf-8")
+    style = f"{theme}svg {{ background: var(--paper); font-family: var(--sans); }}\n"
+    return svg.replace(">", f">\n<style>\n{style}</style>", 1) + "\n"
 
 
 def readable_time(seconds: float) -> str:

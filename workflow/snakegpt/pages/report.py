@@ -9,12 +9,11 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from snakegpt import charts
 from snakegpt.pages.evidence import Evidence
+from snakegpt.pages.network import network_section
 from snakegpt.pages.plan import plan_section
 from snakegpt.pages.rendering import (
     figures,
-    readable_bytes,
     readable_time,
     render,
 )
@@ -49,8 +48,7 @@ def report_page(evidence: Evidence) -> str:
         "sampling": settings["sampling"],
         "samples": [{**sample, "how": _how_it_ended(sample)} for sample in evidence.samples],
         "n_samples_shown": SAMPLES_SHOWN,
-        "charts": {name: Markup(svg) for name, svg in training_charts(evidence).items()}
-        | {"bandwidth": Markup(_bandwidth(evidence))},
+        "charts": {name: Markup(svg) for name, svg in training_charts(evidence).items()},
         "training": training_section(evidence),
         "evaluation": _evaluation(evidence),
         "plan": plan_section(evidence),
@@ -58,7 +56,7 @@ def report_page(evidence: Evidence) -> str:
         "n_files_shown": FILES_SHOWN,
         "tokens": _tokens(evidence),
         "tokenizer": _tokenizer(evidence),
-        "network": _network(evidence),
+        "network": network_section(evidence.network),
         "commands": _commands(evidence),
         "dirty": any(action.get("dirty") for action in evidence.provenance or ()),
         "settings_yaml": settings_yaml(evidence.experiment, settings),
@@ -261,52 +259,6 @@ def _character(character: str) -> str:
         if character.isprintable() and character != " "
         else repr(character)[1:-1].replace(" ", "␠")
     )
-
-
-def _bandwidth(evidence: Evidence) -> str:
-    curve = evidence.network["all_reduce"]
-    points = [(r["bytes"], r["busbw_gb_per_s"]) for r in curve]
-    return charts.bandwidth_chart(points) if points else ""
-
-
-def _network(evidence: Evidence) -> dict[str, Any]:
-    found = evidence.network
-    text = (
-        f"{found['ranks']} processes sum their gradients by {found['backend']} before every update,"
-        f" {readable_bytes(found['gradient_bytes'])} a step."
-    )
-    tcp = found.get("iperf3")
-    if tcp:
-        text += f" A plain TCP stream over the same interface carries {tcp['gb_per_s']:.3g} GB/s (iperf3)."
-    reasons = [
-        f"{what} was not measured: {why}." for what, why in (found.get("reason") or {}).items()
-    ]
-    hosts = [node["host"] for node in found.get("nodes") or ()]
-    return {
-        "rows": found["all_reduce"],
-        "text": text,
-        "links": [_link(link, hosts) for link in found.get("links") or ()],
-        "nodes": [node for node in found.get("nodes") or () if node.get("speed")],
-        "warnings": found.get("warnings") or [],
-        "advice": [*found["advice"], *reasons],
-    }
-
-
-def _link(link: Mapping[str, Any], hosts: list[str]) -> dict[str, Any]:
-    """A row of the table of links; None where a figure is missing."""
-    rates = {
-        name: (link.get(key) or {}).get("bits_per_second")
-        for name, key in (("up", "up"), ("down", "down"), ("several", "up_4_streams"))
-    }
-    trips = link.get("latency_s") or {}
-    ends = {"from": hosts[link["from"]], "to": hosts[link["to"]]}
-    return {
-        **ends,
-        **rates,
-        "p50": trips.get("p50"),
-        "p99": trips.get("p99"),
-        "mtu": link.get("mtu"),
-    }
 
 
 def _commands(evidence: Evidence) -> str:

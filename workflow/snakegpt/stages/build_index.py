@@ -15,7 +15,7 @@ from snakegpt.errors import reports_errors
 from snakegpt.pages.index import index_page
 from snakegpt.progress import say
 
-REVISION = 3  # bump when templates/ change: tests/test_pages.py tells
+REVISION = 4  # bump when templates/ change: tests/test_pages.py tells
 SCIENCE = ("snakegpt.pages.index",)
 
 

@@ -88,13 +88,15 @@ def measure_scaling(
     if not place.leads:
         return
     weak, strong = ([run[kind] for run in found] for kind in ("weak", "strong"))
-    gradient_bytes = 4 * n_parameters(shape)
+    whole = training.gradient_exchange == "float32"
+    gradient_bytes = (4 if whole else 2) * n_parameters(shape)
     said = scaling.verdict(
         strong,
         gradient_bytes=gradient_bytes,
         batch_tokens=training.batch_tokens,
         steps=training.steps,
         strategy=found[-1]["strategy"],
+        halvable=whole and not execution.deterministic,
     )
     result = {
         "machine": machine,

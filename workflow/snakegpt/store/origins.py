@@ -30,6 +30,7 @@ ORIGINS: dict[str, dict[str, str]] = {
     "encode_tokens": {"text": "corpora.{corpus}", "validation": "corpora.{corpus}.validation"},
     "bench_network": _EXPERIMENT,
     "measure_scaling": _EXPERIMENT,
+    "draw_network": {},
     "plan_training": _EXPERIMENT,
     "train_model": _EXPERIMENT,
     "evaluate_model": _EXPERIMENT,
