@@ -31,7 +31,7 @@ from snakegpt.network.bench import told_to_all
 from snakegpt.network.meeting import Meeting
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.progress import columns, say
-from snakegpt.settings import Execution, Model, Training
+from snakegpt.settings import Execution, Model, Training, exchange_problem
 from snakegpt.tokens import open_sets, read_manifest
 from snakegpt.updates import Launch
 
@@ -90,13 +90,16 @@ def measure_scaling(
     weak, strong = ([run[kind] for run in found] for kind in ("weak", "strong"))
     whole = training.gradient_exchange == "float32"
     gradient_bytes = (4 if whole else 2) * n_parameters(shape)
+    strategy = found[-1]["strategy"]
+    halved = training.model_copy(update={"gradient_exchange": "bfloat16"})
+    problem = exchange_problem(halved, strategy, deterministic=execution.deterministic)
     said = scaling.verdict(
         strong,
         gradient_bytes=gradient_bytes,
         batch_tokens=training.batch_tokens,
         steps=training.steps,
-        strategy=found[-1]["strategy"],
-        halvable=whole and not execution.deterministic,
+        strategy=strategy,
+        halvable=whole and problem is None,
     )
     result = {
         "machine": machine,
