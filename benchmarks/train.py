@@ -315,6 +315,7 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             out, log = Path(name) / "out", Path(name) / "log"
             environment = {**os.environ, "OMP_NUM_THREADS": str(self.args.threads)}
+            environment.pop("GOMP_SPINCOUNT", None)  # ours, set when snakegpt was imported here
             started = time.perf_counter()
             with log.open("w") as file:
                 process = subprocess.Popen(

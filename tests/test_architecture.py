@@ -46,6 +46,7 @@ LAYERS = [
     },
     {
         "losses",
+        "activations",
         "model",
         "huggingface_format",
         "optimizer",

@@ -23,13 +23,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from snakegpt.activations import gelu, squared_relu
 from snakegpt.losses import LossKernel, MeanLoss, logits, mean_loss, product_dtype, token_losses
 
 Architecture = Literal["gpt2", "modern"]
@@ -196,8 +197,13 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(
                 q_BHTD, k_BHSD, v_BHSD, attn_mask=allowed, dropout_p=dropout
             )
-        score_BHTS = q_BHTD @ k_BHSD.transpose(-2, -1) / math.sqrt(q_BHTD.shape[-1])
-        weight_BHTS = score_BHTS.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+        B, H, _, D = q_BHTD.shape
+        # Product, scale and mask are one operation: a twentieth of a step of a small model on a CPU.
+        mask = torch.where(allowed, 0.0, -torch.inf).to(q_BHTD.dtype)
+        mask = mask if mask.dim() == 2 else mask.expand(B, H, T, S).flatten(0, 1)
+        q, k_transposed = q_BHTD.flatten(0, 1), k_BHSD.flatten(0, 1).transpose(1, 2)
+        score = torch.baddbmm(mask, q, k_transposed, alpha=1 / math.sqrt(D))
+        weight_BHTS = score.softmax(dim=-1).view(B, H, T, S)
         return F.dropout(weight_BHTS, dropout) @ v_BHSD
 
 
@@ -221,21 +227,6 @@ def document_mask(documents_BT: Tensor, kernel: AttentionKernel) -> Tensor | Blo
     return create_block_mask(allowed, B, None, T, T, device=documents_BT.device)
 
 
-class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2 (So et al. 2021, Primer), without autograd's detours: 0.4 ms a layer against 1.1 on CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        positive = F.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (positive,) = ctx.saved_tensors
-        return (gradient * positive).mul_(2)
-
-
 class MLP(nn.Module):
     """Two linear layers around a GELU, in the tanh form that OpenAI used, or a squared ReLU."""
 
@@ -248,7 +239,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         h_BTF = self.expansion(x_BTC)
-        h_BTF = SquaredReLU.apply(h_BTF) if self.modern else F.gelu(h_BTF, approximate="tanh")
+        h_BTF = squared_relu(h_BTF) if self.modern else gelu(h_BTF)
         out_BTC: Tensor = self.projection_dropout(self.projection(h_BTF))
         return out_BTC
 

@@ -184,7 +184,8 @@ class Updates:
 
     def _gradients(self, place: int) -> None:
         """Gradients of the mean loss of a step, summed over micro-batches and ranks."""
-        self.strategy.network.train()
+        if not self.strategy.network.training:
+            self.strategy.network.train()
         counts = self.strategy.begin(self.accumulation)
         self._losses_of_step = []
         for index in range(self.accumulation):

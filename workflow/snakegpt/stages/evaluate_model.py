@@ -34,6 +34,7 @@ REVISION = 1
 SCIENCE = (
     "snakegpt.evaluation",
     "snakegpt.model",
+    "snakegpt.activations",
     "snakegpt.batches",
     "snakegpt.tokenizers",
     "snakegpt.huggingface_format",

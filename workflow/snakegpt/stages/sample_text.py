@@ -30,6 +30,7 @@ REVISION = 1
 SCIENCE = (
     "snakegpt.sampling",
     "snakegpt.model",
+    "snakegpt.activations",
     "snakegpt.tokenizers",
     "snakegpt.huggingface_format",
 )

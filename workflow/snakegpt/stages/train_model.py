@@ -45,6 +45,7 @@ MODULE = "snakegpt.stages.train_model"
 REVISION = 2
 SCIENCE = (
     "snakegpt.model",
+    "snakegpt.activations",
     "snakegpt.optimizer",
     "snakegpt.batches",
     "snakegpt.huggingface_format",
