@@ -65,6 +65,7 @@ LAYERS = [
         "training_state",
         "updates",
         "continuation",
+        "starting",
         "trainer",
         "evaluation",
         "sampling",

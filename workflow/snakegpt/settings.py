@@ -4,7 +4,7 @@ This module is the only truth about settings: the JSON schema (workflow/schemas)
 (docs/settings.md) and the checks of the stages are generated from it or call it. Two kinds of
 settings are told apart by where they stand:
 
-    experiments, corpora, tokenizers    science: they decide bytes and are part of an artefact's key
+    experiments, corpora, weights, ...  science: they decide bytes and are part of an artefact's key
     execution, store, scale             execution: where, how fast, how loudly; never part of a key
 
 (The few labels inside science blocks, such as a corpus's licence, are marked with `LABEL` and left
@@ -14,6 +14,7 @@ out of keys too; so is where a corpus comes from, since its content is pinned by
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -116,13 +117,21 @@ class RegistrySource(Closed):
 class HuggingFaceSource(Closed):
     """Files of a dataset repository on the Hugging Face hub."""
 
+    repo_type: ClassVar[Literal["dataset", "model"]] = "dataset"
+
     kind: Literal["huggingface"]
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
-    """Dataset repository, as `owner/name`."""
+    """Repository, as `owner/name`."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Commit to pin (40 hex digits); null lets lock_corpora resolve and record today's."""
     files: Annotated[list[str], Field(min_length=1)]
     """Glob patterns of the files to take."""
+
+
+class HuggingFaceModelSource(HuggingFaceSource):
+    """Files of a model repository on the Hugging Face hub."""
+
+    repo_type = "model"
 
 
 class HttpSource(Closed):
@@ -143,6 +152,9 @@ class LocalSource(Closed):
 
 Source = Annotated[
     RegistrySource | HuggingFaceSource | HttpSource | LocalSource, Field(discriminator="kind")
+]
+WeightsSource = Annotated[
+    RegistrySource | HuggingFaceModelSource | HttpSource | LocalSource, Field(discriminator="kind")
 ]
 
 
@@ -252,6 +264,22 @@ class BpeTokenizer(Closed):
 
 AnyTokenizer = Gpt2Tokenizer | TiktokenTokenizer | CharTokenizer | ByteTokenizer | BpeTokenizer
 Tokenizer = Annotated[AnyTokenizer, Field(discriminator="kind")]
+
+
+# ---- weights ---------------------------------------------------------------------------------
+
+
+class Weights(Closed):
+    """Weights to start training from: a config.json and safetensors files, pinned in corpora.lock.json."""
+
+    source: Annotated[WeightsSource, Field(json_schema_extra=LABEL)]
+    """Where the files come from. Not part of identity: the lock pins their content."""
+    tokenizer: Name
+    """Tokenizer that they were trained with, which whoever starts from them uses too."""
+    description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
+    """One line for the report."""
+    license: Annotated[str, Field(json_schema_extra=LABEL)] = "unknown"
+    """Licence of the weights, as their source states it; for the report."""
 
 
 # ---- experiments -----------------------------------------------------------------------------
@@ -366,6 +394,8 @@ class Training(Closed):
     """muon only, 0.95 unless set: decay rate of its average of gradients."""
     continue_from: Name | None = None
     """Experiment whose finished training this one goes on from: its steps count, its learning rates must be these up to there; null: from new weights."""
+    start_from: Annotated[Name | None, Field(json_schema_extra=LATER)] = None
+    """Weights, or experiment whose best weights, to start from: a training of its own, with a new optimiser and this recipe; null: from new weights."""
     document_masking: bool = False
     """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -449,6 +479,36 @@ def continuation_problems(done: Training, wanted: Training) -> list[str]:
             " enough for it to begin after training.steps"
         )
     return problems
+
+
+def start_problems(found: Model, wanted: Model) -> list[str]:
+    """In what the model of some weights is not the one to be trained; none if it can start from them.
+
+    Dropout is free, and so is the padding of the vocabulary. Of gpt2's positions the first ones may be
+    kept; those of modern are no weights.
+    """
+    names = ["architecture", "layers", "heads", "channels"]
+    if found.architecture == wanted.architecture:
+        names += {"gpt2": ["bias"], "modern": ["tie_embeddings", "logit_softcap"]}[
+            found.architecture
+        ]
+    problems = [
+        f"model.{name} is {json.dumps(here)}, the weights have {json.dumps(theirs)}: set it to that"
+        for name in names
+        if (here := _resolved(wanted, name)) != (theirs := _resolved(found, name))
+    ]
+    if found.architecture == wanted.architecture == "gpt2" and wanted.context > found.context:
+        problems.append(
+            f"model.context is {wanted.context:,}, and the weights have {found.context:,} positions:"
+            " set it to that or less"
+        )
+    return problems
+
+
+def _resolved(model: Model, name: str) -> Any:
+    """A value as the network has it: null is true for these switches."""
+    value = getattr(model, name)
+    return value is not False if name in ("bias", "tie_embeddings") else value
 
 
 class Evaluation(Closed):
@@ -597,6 +657,8 @@ class Settings(Closed):
     """Mixtures of them by name; an experiment takes one where it takes a corpus."""
     tokenizers: dict[Name, Tokenizer]
     """Tokenizers by name."""
+    weights: dict[Name, Weights] = {}
+    """Pretrained weights by name; `training.start_from` takes one."""
     experiments: dict[Name, Experiment]
     """Experiments by name; each gets targets train_<name>, evaluate_<name>, sample_<name>, report_<name>."""
 
@@ -614,6 +676,12 @@ class Settings(Closed):
 
     def corpus(self, name: str) -> Corpus:
         return _named(self.corpora, name, "corpus")
+
+    def pinned(self, name: str) -> Corpus | Weights:
+        """The corpus or the weights of a name: what the lock pins."""
+        both: dict[str, Corpus | Weights] = {**self.corpora, **self.weights}
+        chosen: Corpus | Weights = _named(both, name, "corpus")
+        return chosen
 
     def shares(self, name: str) -> dict[str, float]:
         """The corpora that a name stands for, each with its weight: one for a corpus itself."""
@@ -705,16 +773,29 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
                 f"tokenizers.{name}.corpus = '{corpus}' is not defined."
                 + nearest(corpus, settings.corpora)
             )
+    for name, weights in settings.weights.items():
+        # What is locked, and what training starts from, is said by name alone.
+        taken = {"a corpus": settings.corpora, "an experiment": settings.experiments}
+        problems += [
+            f"weights.{name} has the name of {what}; give it another one."
+            for what, names in taken.items()
+            if name in names
+        ]
+        if weights.tokenizer not in settings.tokenizers:
+            problems.append(
+                f"weights.{name}.tokenizer = '{weights.tokenizer}' is not defined."
+                + nearest(weights.tokenizer, settings.tokenizers)
+            )
     if _holds_password(settings.store.remote or ""):
         problems.append(
             "store.remote holds a password; it would stand in files and logs."
             "\n  credentials come from the environment (AWS_ACCESS_KEY_ID, ...)"
         )
-    for name, corpus in settings.corpora.items():
-        urls = corpus.source.urls if isinstance(corpus.source, HttpSource) else []
+    for name, source in _sources(settings):
+        urls = source.urls if isinstance(source, HttpSource) else []
         if any(map(_holds_password, urls)):
             problems.append(
-                f"corpora.{name}.source.urls holds a password; it would stand in the lock and the store."
+                f"{name}.source.urls holds a password; it would stand in the lock and the store."
                 "\n  put it into ~/.netrc"
             )
     if problems:
@@ -765,7 +846,7 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
             f" model.context = {model.context:,};"
             f" nearest that fit: {max(rows, 1) * model.context:,} and {(rows + 1) * model.context:,}."
         )
-    problems += _continuation_conflicts(settings, name)
+    problems += _origin_conflicts(settings, name)
     if training.min_learning_rate > training.learning_rate:
         problems.append(
             f"{where}.training.min_learning_rate = {training.min_learning_rate:g} is above"
@@ -784,31 +865,63 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
     return problems
 
 
-def _continuation_conflicts(settings: Settings, name: str) -> list[str]:
-    """What is wrong with the experiment that one continues from."""
-    where = f"experiments.{name}.training.continue_from"
+def _sources(settings: Settings) -> list[tuple[str, Any]]:
+    """Place and source of each corpus and of all weights."""
+    return [
+        *((f"corpora.{name}", corpus.source) for name, corpus in settings.corpora.items()),
+        *((f"weights.{name}", weights.source) for name, weights in settings.weights.items()),
+    ]
+
+
+def _origin_conflicts(settings: Settings, name: str) -> list[str]:
+    """What is wrong with what an experiment continues or starts from."""
     experiment = settings.experiments[name]
-    source = experiment.training.continue_from
-    passed = [name]
-    while source is not None:
-        if source not in settings.experiments:
-            known = nearest(source, settings.experiments)
-            return [f"{where} = '{source}' is not defined.{known}"] if len(passed) == 1 else []
-        if source in passed:
-            return [f"{where}: {' -> '.join([*passed, source])} comes back to itself."]
-        passed.append(source)
-        source = settings.experiments[source].training.continue_from
-    if len(passed) == 1:
+    training, where = experiment.training, f"experiments.{name}.training"
+    if training.continue_from and training.start_from:
+        return [
+            f"{where} has both continue_from = '{training.continue_from}' and start_from ="
+            f" '{training.start_from}': the one goes on with the optimiser of a finished run, the other"
+            " starts anew from weights.\n  set one of them to null"
+        ]
+    field = "continue_from" if training.continue_from else "start_from"
+    source: str | None = getattr(training, field)
+    if source is None:
         return []
-    before = settings.experiments[passed[1]]
-    problems = continuation_problems(before.training, experiment.training)
-    if before.tokenizer != experiment.tokenizer:
-        problems.append(f"its tokenizer is {before.tokenizer}, this one's {experiment.tokenizer}.")
-    models = [science(each.model) | {"dropout": None} for each in (before, experiment)]
-    if models[0] != models[1]:
-        differ = ", ".join(key for key, value in models[0].items() if value != models[1][key])
-        problems.append(f"its model is another one: {differ} differ.")
-    return [f"{where} = '{passed[1]}': {problem}" for problem in problems]
+    where = f"{where}.{field}"
+    if field == "start_from" and source in settings.weights:
+        tokenizer, problems = settings.weights[source].tokenizer, []
+    elif source in settings.experiments:
+        passed, ahead = [name], source
+        while ahead in settings.experiments:
+            if ahead in passed:
+                return [f"{where}: {' -> '.join([*passed, ahead])} comes back to itself."]
+            passed.append(ahead)
+            before = settings.experiments[ahead].training
+            ahead = before.continue_from or before.start_from or ""
+        start = settings.experiments[source]
+        tokenizer = start.tokenizer
+        if field == "start_from":
+            problems = start_problems(start.model, experiment.model)
+        else:
+            problems = continuation_problems(start.training, training)
+            problems += _other_model(start.model, experiment.model)
+    else:
+        known = [*settings.experiments, *(settings.weights if field == "start_from" else ())]
+        return [f"{where} = '{source}' is not defined.{nearest(source, known)}"]
+    # Two names of equal settings are one tokenizer.
+    theirs, ours = (settings.tokenizers.get(name) for name in (tokenizer, experiment.tokenizer))
+    if theirs and ours and theirs != ours:
+        problems.append(
+            f"its tokenizer is {tokenizer}, this one's {experiment.tokenizer}: use the same"
+        )
+    return [f"{where} = '{source}': {problem}" for problem in problems]
+
+
+def _other_model(found: Model, wanted: Model) -> list[str]:
+    """A complaint if two models differ in more than dropout."""
+    before, now = (science(model) | {"dropout": None} for model in (found, wanted))
+    differ = ", ".join(key for key, value in before.items() if value != now[key])
+    return [f"its model is another one: {differ} differ."] if differ else []
 
 
 def _parse(config: Mapping[str, Any], files: Sequence[str | Path]) -> Settings:
