@@ -19,6 +19,7 @@ LAYERS = [
         "durable",
         "errors",
         "corpus_parts",
+        "lineage",
         "formats",
         "gpus",
         "progress",

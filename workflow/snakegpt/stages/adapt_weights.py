@@ -22,10 +22,11 @@ from snakegpt.command import block, how_to_run, only_path, read_json, stage_pars
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import save_weights
 from snakegpt.identity import file_digest
+from snakegpt.lineage import start_problems
 from snakegpt.model import GPT, Shape
 from snakegpt.placement import shape_of
 from snakegpt.progress import say
-from snakegpt.settings import Model, model_problems, start_problems
+from snakegpt.settings import Model, model_problems
 from snakegpt.sources.weights import WeightFiles, weight_files
 from snakegpt.starting import Pretrained, fitted, model_of, read_pretrained
 
