@@ -88,7 +88,7 @@ def test_padding_is_a_mean_row_which_takes_no_more_than_its_share(tmp_path):
     ours = our_logits(out, model)
     torch.testing.assert_close(ours, torch.cat([logits, mean], dim=-1), atol=1e-4, rtol=1e-5)
     worse = torch.logsumexp(ours, -1) - torch.logsumexp(logits, -1)
-    assert worse.max() <= math.log(1 + 5 / N_VOCAB) + 1e-5
+    assert worse.max() <= math.log(1 + 5 / N_VOCAB) + 1e-4
     assert json.loads((out / "start.json").read_text())["vocabulary_rows"] == [N_VOCAB, 16]
 
 

@@ -31,7 +31,7 @@ def hub_of(files, **more) -> Hub:
 
 
 def fetch(tmp_path, pins, source=SOURCE, env=None):
-    execution = {"weights": "theirs", "source": source, "revision": COMMIT}
+    execution = {"weights": "theirs", "source": source, "revision": COMMIT, "download_workers": 1}
     execution["lock_file"] = str(tmp_path / "lock.json")
     done = stage("fetch_weights", {"files": pins}, tmp_path / "out", execution=execution, env=env)
     assert "Traceback" not in done.stderr

@@ -111,7 +111,7 @@ def test_two_ranks_start_where_one_does(manifest, start, tmp_path, strategy):
     assert two == pytest.approx(one, rel=1e-5)
 
 
-def test_compiled_with_activations_computed_twice_it_starts_there_too(manifest, start, tmp_path):
+def test_with_activations_computed_twice_it_starts_there_too(manifest, start, tmp_path):
     run(manifest, tmp_path / "plain", start, settings(steps=2))
     run(manifest, tmp_path / "twice", start, settings(steps=2), activation_checkpointing=True)
     plain, twice = ([m["loss"] for m in metrics(tmp_path / o, "train")] for o in ("plain", "twice"))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from snakegpt.errors import UserError
-from snakegpt.huggingface_format import from_config, from_hugging_face
+from snakegpt.huggingface_format import MASK, from_config, from_hugging_face
 from snakegpt.identity import file_digest
 from snakegpt.model import Shape
 from snakegpt.settings import Model
@@ -73,8 +73,8 @@ def read_pretrained(files: Sequence[Path], config: Mapping[str, Any]) -> Pretrai
 
 
 def _as_float32(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.bool or name.endswith(".attn.masked_bias"):
-        return tensor  # causal masks that old files carry
+    if MASK.fullmatch(name.removeprefix("transformer.")):
+        return tensor
     if not tensor.is_floating_point():
         raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
     return tensor.float()
