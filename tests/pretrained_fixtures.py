@@ -35,12 +35,12 @@ def tokenizer_json(path: Path, fingerprint: str = FINGERPRINT, n_vocab: int = N_
     return path
 
 
-def adapt_arguments(weights: Path, out: Path, model: dict[str, Any], **files: Path) -> list[str]:
+def adapt_arguments(folder: Path, out: Path, model: dict[str, Any], **files: Path) -> list[str]:
     """The stage's command line for a folder that `foreign` has filled; files: role -> path."""
-    tokenizer = tokenizer_json(weights.parent / "tokenizer.json")
+    tokenizer = tokenizer_json(folder.parent / "tokenizer.json")
     roles = {
-        "weights": weights / "model.safetensors",
-        "config": weights / "config.json",
+        "weights": folder / "model.safetensors",
+        "config": folder / "config.json",
         "tokenizer": tokenizer,
         "trained_with": tokenizer,
         **files,

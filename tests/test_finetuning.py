@@ -71,7 +71,7 @@ def test_other_weights_are_noticed_told_and_trained_from(project):
     assert "setting training.seed: 1337 -> 7" in told
     rows = {line.split("  ")[0]: line for line in told.splitlines()}
     assert "only on a change of weights" in rows["adapt_weights tuned"]
-    assert "only on a change of start" in rows["train_model tuned"]
+    assert "only on a change of initial" in rows["train_model tuned"]
     assert "train_model" in project.run("train_tiny").ran
     told = project.why("results/models/tuned/weights.safetensors")
     assert "input weights results/models/tiny/best.safetensors" in told
@@ -81,7 +81,7 @@ def test_other_weights_are_noticed_told_and_trained_from(project):
     assert project.digest("results/models/tuned/weights.safetensors") != weights
     done = project.call("snakegpt.store", "diff", "tiny", "tuned", "--configfile", "config.yaml", "mine.yaml")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "input start results/starts/tuned/weights.safetensors: (none) ->" in done.stdout
+    assert "input initial results/starts/tuned/weights.safetensors: (none) ->" in done.stdout
     (project.folder / "mine.yaml").write_text(before)
     back = project.run("report_tuned")
     assert not back.ran
@@ -131,6 +131,6 @@ def test_a_folder_of_foreign_weights_is_fetched_adapted_and_trained_from(project
     told = project.why("train_foreign")
     assert "fetch_weights theirs: runs" in told
     assert "setting files[model.safetensors].sha256" in told
-    assert "only on a change of start" in told
+    assert "only on a change of initial" in told
     assert project.run("train_foreign").ran == {"fetch_weights", "adapt_weights", "train_model"}
     assert project.run("train_foreign").idle

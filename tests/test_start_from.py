@@ -34,7 +34,7 @@ def settings(model=MODEL, **training):
 
 def command(manifest, out, start, chosen, **execution) -> list[str]:
     words = train_command(manifest, out, chosen, execution, out.with_name(f"{out.name}.state"))
-    return [*words, "--start", str(start / "weights.safetensors")]
+    return [*words, "--initial", str(start / "weights.safetensors")]
 
 
 def run(*arguments, **execution) -> None:
@@ -268,9 +268,9 @@ def test_training_gets_the_weights_and_its_key_no_name():
     known = pipeline(config())
     train = known.request("train_model", {"experiment": "tuned"})
     assert train.settings == known.request("train_model", {"experiment": "gpt2"}).settings
-    assert train.inputs["start"] == ["results/starts/tuned/weights.safetensors"]
-    assert "start" not in known.request("train_model", {"experiment": "gpt2"}).inputs
-    adapt = known.find(train.inputs["start"][0])
+    assert train.inputs["initial"] == ["results/starts/tuned/weights.safetensors"]
+    assert "initial" not in known.request("train_model", {"experiment": "gpt2"}).inputs
+    adapt = known.find(train.inputs["initial"][0])
     assert adapt.inputs["weights"] == ["results/models/gpt2/best.safetensors"]
     plans = [known.request("plan_training", {"experiment": e}) for e in ("gpt2", "tuned")]
     assert plans[0].settings == plans[1].settings

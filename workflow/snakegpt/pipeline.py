@@ -379,7 +379,7 @@ class Pipeline:
             **{role: [_output("train_model", i, experiment=before)] for role, i in left.items()},
         }
         if chosen.training.start_from:
-            inputs["start"] = [_output("adapt_weights", experiment=experiment)]
+            inputs["initial"] = [_output("adapt_weights", experiment=experiment)]
         return self._experiment_request(
             "train_model",
             experiment,

@@ -11,7 +11,7 @@ optimizer.safetensors, what else of a run another one needs to go on from it. By
 
 The number of processes comes from --execution '{"ranks": 2}'; they are started here, or by torchrun.
 Given the --weights, --config and --optimizer of a finished run, and more steps, it goes on from there;
-given --start, the weights that adapt_weights has left, a training of its own starts from those.
+given --initial, the weights that adapt_weights has left, a training of its own starts from those.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def train_model(
     state: Path,
     *,
     continued: tuple[Path, Path, Path] | None = None,
-    start: Path | None = None,
+    initial: Path | None = None,
     started_from: str | None = None,
     label: str,
     threads: int,
@@ -72,7 +72,7 @@ def train_model(
     """Train as one rank, or start the ranks that do.
 
     continued     weights, config and optimizer of the finished run to go on from
-    start         weights to start from, of this very model
+    initial       weights to start from, of this very model
     started_from  what people call those or that run, for metrics.jsonl
     arguments     this command's own, for the ranks
     raises        UserError before the first step if tokens, settings and machine do not fit each other
@@ -119,8 +119,8 @@ def train_model(
         before = finished(
             *continued, shape=shape, recipe=training, tokenizer_fingerprint=fingerprint
         )
-    elif start:
-        before = adapted(start, shape, fingerprint)
+    elif initial:
+        before = adapted(initial, shape, fingerprint)
     windows = sum((len(part.stream) - 1) // model.context for part in train)
     if 0 < windows < ranks:
         raise UserError(
@@ -247,8 +247,10 @@ def _continued(args: argparse.Namespace) -> tuple[Path, Path, Path] | None:
     given = [role for role in roles if getattr(args, role)]
     if not given:
         return None
-    if args.start:
-        raise UserError("--start begins anew from weights, --optimizer goes on: give one of them.")
+    if args.initial:
+        raise UserError(
+            "--initial begins anew from weights, --optimizer goes on: give one of them."
+        )
     if len(given) < 3:
         raise UserError(f"to go on from a finished run takes all of --{', --'.join(roles)}.")
     weights, config, optimizer = (only_path(getattr(args, role), role) for role in roles)
@@ -262,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
         "weights": "weights.safetensors of a finished run to go on from",
         "config": "its config.json",
         "optimizer": "its optimizer.safetensors",
-        "start": "weights.safetensors of adapt_weights to start from",
+        # Not --start: torchrun, which gets these words too, takes that for the beginning of its own.
+        "initial": "weights.safetensors of adapt_weights to start from",
     }
     args = stage_parser(__doc__, roles, state=True).parse_args(argv)
     how = how_to_run(args, "train_model", "network", "started_from")
@@ -277,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
             args.out,
             args.state or args.out / ".state",
             continued=_continued(args),
-            start=only_path(args.start, "start") if args.start else None,
+            initial=only_path(args.initial, "initial") if args.initial else None,
             started_from=how.extras["started_from"],
             label=how.label,
             threads=how.threads,
