@@ -714,7 +714,10 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
             )
     for name, weights in settings.weights.items():
         # What is locked, and what training starts from, is said by name alone.
-        taken = {"a corpus": settings.corpora, "an experiment": settings.experiments}
+        taken: dict[str, Mapping[str, Any]] = {
+            "a corpus": settings.corpora,
+            "an experiment": settings.experiments,
+        }
         problems += [
             f"weights.{name} has the name of {what}; give it another one."
             for what, names in taken.items()

@@ -82,7 +82,7 @@ def _as_float32(name: str, tensor: Tensor) -> Tensor:
 
 def model_of(shape: Shape) -> Model:
     """The settings of a network: `placement.shape_of` the other way round, without dropout and padding."""
-    own = {"bias": shape.bias}
+    own: dict[str, Any] = {"bias": shape.bias}
     if shape.modern:
         own = {"tie_embeddings": shape.tied, "logit_softcap": shape.softcap}
     sizes = {name: getattr(shape, name) for name in ("layers", "heads", "channels", "context")}

@@ -107,7 +107,7 @@ class Trainer:
         saved = self.states.newest()
         if saved is None and isinstance(self.before, Finished):
             self._continue(self.before)
-        elif saved is None and self.before:
+        if saved is None and isinstance(self.before, Start):
             self._start(self.before)
         if self.group.leads:
             if saved is None:
