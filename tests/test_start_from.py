@@ -217,19 +217,6 @@ def changed(path: str, value: object):
             config(continue_from="gpt2"),
             "has both continue_from = 'gpt2' and start_from = 'gpt2'",
         ),
-        (config(start_from="shakespeare_char"), "its tokenizer is shakespeare_char, this one's gpt2"),
-        (
-            changed("experiments.tuned.laptop.model.layers", 6),
-            "'gpt2': model.layers is 6, the weights have 4: set it to that",
-        ),
-        (
-            changed("experiments.tuned.laptop.model.bias", False),
-            "model.bias is false, the weights have true",
-        ),
-        (
-            changed("experiments.tuned.laptop.model.context", 256),
-            "model.context is 256, and the weights have 128 positions: set it to that or less",
-        ),
         (
             changed("weights.openai_gpt2.tokenizer", "gpt3"),
             "weights.openai_gpt2.tokenizer = 'gpt3' is not defined. Nearest valid name: gpt2",
@@ -250,6 +237,33 @@ def test_settings_that_cannot_start_are_refused_with_the_way_out(wrong, said):
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (config(start_from="shakespeare_char"), "its tokenizer is shakespeare_char, this one's gpt2"),
+        (
+            changed("experiments.tuned.laptop.model.layers", 6),
+            "'gpt2': model.layers is 6, the weights have 4: set it to that",
+        ),
+        (
+            changed("experiments.tuned.laptop.model.bias", False),
+            "model.bias is false, the weights have true",
+        ),
+        (
+            changed("experiments.tuned.laptop.model.context", 256),
+            "model.context is 256, and the weights have 128 positions: set it to that or less",
+        ),
+    ],
+)  # fmt: skip
+def test_weights_that_cannot_fit_are_refused_before_anything_runs(wrong, said):
+    """And only where they are asked for: the other experiments of the file are none the worse."""
+    known = pipeline(wrong)
+    known.request("train_model", {"experiment": "gpt2"})
+    with pytest.raises(UserError) as refused:
+        known.request("adapt_weights", {"experiment": "tuned"})
+    assert said in str(refused.value)
+
+
 def test_what_may_differ_is_taken():
     for path, value in (
         ("model.dropout", 0.1),
@@ -257,7 +271,8 @@ def test_what_may_differ_is_taken():
         ("model.vocabulary_multiple", 1),
         ("model.bias", None),  # which is true
     ):
-        load(changed(f"experiments.tuned.laptop.{path}", value))
+        settings = changed(f"experiments.tuned.laptop.{path}", value)
+        pipeline(settings).request("adapt_weights", {"experiment": "tuned"})
 
 
 def pipeline(settings) -> Pipeline:

@@ -31,32 +31,53 @@ def lineage_conflicts(settings: Settings, name: str) -> list[str]:
         return []
     where = f"{where}.{field}"
     if field == "start_from" and source in settings.weights:
-        tokenizer, problems = settings.weights[source].tokenizer, []
-    elif source in settings.experiments:
-        passed, ahead = [name], source
-        while ahead in settings.experiments:
-            if ahead in passed:
-                return [f"{where}: {' -> '.join([*passed, ahead])} comes back to itself."]
-            passed.append(ahead)
-            before = settings.experiments[ahead].training
-            ahead = before.continue_from or before.start_from or ""
-        start = settings.experiments[source]
-        tokenizer = start.tokenizer
-        if field == "start_from":
-            problems = start_problems(start.model, experiment.model)
-        else:
-            problems = continuation_problems(start.training, training)
-            problems += _other_model(start.model, experiment.model)
-    else:
+        return []
+    if source not in settings.experiments:
         known = [*settings.experiments, *(settings.weights if field == "start_from" else ())]
         return [f"{where} = '{source}' is not defined.{nearest(source, known)}"]
-    # Two names of equal settings are one tokenizer.
-    theirs, ours = (settings.tokenizers.get(name) for name in (tokenizer, experiment.tokenizer))
-    if theirs and ours and theirs != ours:
-        problems.append(
-            f"its tokenizer is {tokenizer}, this one's {experiment.tokenizer}: use the same"
-        )
+    passed, ahead = [name], source
+    while ahead in settings.experiments:
+        if ahead in passed:
+            return [f"{where}: {' -> '.join([*passed, ahead])} comes back to itself."]
+        passed.append(ahead)
+        before = settings.experiments[ahead].training
+        ahead = before.continue_from or before.start_from or ""
+    if field == "start_from":
+        return []
+    start = settings.experiments[source]
+    problems = continuation_problems(start.training, training)
+    problems += _other_tokenizer(settings, start.tokenizer, experiment.tokenizer)
+    problems += _other_model(start.model, experiment.model)
     return [f"{where} = '{source}': {problem}" for problem in problems]
+
+
+def start_conflicts(settings: Settings, name: str) -> list[str]:
+    """Why an experiment cannot start from what it names, as far as the settings tell.
+
+    Asked for when its weights are, not when the settings are read: who changes the model of one
+    experiment need not care for those that start from it.
+    """
+    experiment = settings.experiments[name]
+    source = experiment.training.start_from
+    if source is None:
+        return []
+    problems = []
+    if source in settings.weights:
+        tokenizer = settings.weights[source].tokenizer
+    else:
+        start = settings.experiments[source]
+        tokenizer, problems = start.tokenizer, start_problems(start.model, experiment.model)
+    problems += _other_tokenizer(settings, tokenizer, experiment.tokenizer)
+    where = f"experiments.{name}.training.start_from = '{source}'"
+    return [f"{where}: {problem}" for problem in problems]
+
+
+def _other_tokenizer(settings: Settings, theirs: str, ours: str) -> list[str]:
+    """A complaint if two names are not one tokenizer; they are where their settings are the same."""
+    found, wanted = (settings.tokenizers.get(name) for name in (theirs, ours))
+    if found is None or wanted is None or found == wanted:
+        return []
+    return [f"its tokenizer is {theirs}, this one's {ours}: use the same."]
 
 
 def _other_model(found: Model, wanted: Model) -> list[str]:

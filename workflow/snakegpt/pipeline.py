@@ -21,6 +21,7 @@ from typing import Any
 
 from snakegpt.corpus_parts import divide
 from snakegpt.errors import UserError, nearest
+from snakegpt.lineage import start_conflicts
 from snakegpt.locks import Entry, is_current
 from snakegpt.settings import Corpus, Experiment, Settings, science
 
@@ -349,6 +350,8 @@ class Pipeline:
         name = chosen.training.start_from
         if name is None:
             raise UserError(f"experiment {experiment} starts from new weights: none are adapted.")
+        if problems := start_conflicts(self.settings, experiment):
+            raise UserError("\n".join(problems))
         model = science(chosen.model)
         model.pop("dropout")  # may differ, and decides no weight
         if name in self.settings.weights:
