@@ -98,6 +98,7 @@ def one_of(names):
 wildcard_constraints:
     corpus=one_of([*SETTINGS.corpora, *SETTINGS.mixtures]),
     tokenizer=one_of(SETTINGS.tokenizers),
+    weights=one_of(SETTINGS.weights),
     experiment=one_of(SETTINGS.experiments),
     part=r"\d{6}",
 

@@ -1,4 +1,4 @@
-# Text to tokens: pinned downloads, tokenizers, shards of ids and their manifest.
+# Text to tokens: pinned downloads (of weights too), tokenizers, shards of ids and their manifest.
 
 
 rule lock_corpora:
@@ -34,6 +34,28 @@ rule fetch_corpus:
         settings=settings_of("fetch_corpus"),
         code=code_of_stage("fetch_corpus"),
         arguments=arguments_of("fetch_corpus"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --state --log {log:q}"
+
+
+rule fetch_weights:
+    output:
+        weights="results/weights/{weights}/weights.json",
+    log:
+        "logs/fetch_weights/{weights}.log",
+    benchmark:
+        "logs/fetch_weights/{weights}.tsv"
+    priority: 1  # first of all, since a source out of reach ends the run
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=240,
+    params:
+        settings=settings_of("fetch_weights"),
+        code=code_of_stage("fetch_weights"),
+        arguments=arguments_of("fetch_weights"),
     shell:
         "python -m snakegpt.run {params.arguments:q} --threads {threads} --state --log {log:q}"
 

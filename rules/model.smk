@@ -1,4 +1,29 @@
-# Tokens to a trained model: the plan before anything is spent, then training.
+# Tokens to a trained model: weights to start from and the plan before anything is spent, then training.
+
+
+rule adapt_weights:
+    input:
+        unpack(inputs_of("adapt_weights")),
+    output:
+        weights="results/starts/{experiment}/weights.safetensors",
+        facts="results/starts/{experiment}/start.json",
+    log:
+        "logs/adapt_weights/{experiment}.log",
+    benchmark:
+        "logs/adapt_weights/{experiment}.tsv"
+    priority: 1  # weights that do not fit end the run, before corpora are encoded
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=30,
+    params:
+        settings=settings_of("adapt_weights"),
+        code=code_of_stage("adapt_weights"),
+        arguments=arguments_of("adapt_weights"),
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
 rule plan_training:

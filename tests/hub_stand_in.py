@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as listing and downloading a dataset repository takes, on loopback.
+"""As much of the Hugging Face hub as listing and downloading a repository takes, on loopback.
 
 The real huggingface_hub talks to it through HF_ENDPOINT.
 """
@@ -24,8 +24,9 @@ PAGE_FILES = 3  # of a listing
 
 @dataclass
 class Hub:
-    """One dataset repository.
+    """One repository.
 
+    kind     dataset or model, which have other addresses
     files    of the newest commit; `earlier` holds those of other commits
     lfs      which of them are in large-file storage, so that the hub knows their sha256
     served   name -> other bytes than the true ones, with the true ones' ETag
@@ -49,17 +50,19 @@ class Hub:
     asked: list[tuple[str, str]] = field(default_factory=list)
     headers: list[Mapping[str, str]] = field(default_factory=list)
     url: str = ""
+    kind: str = "dataset"
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         self.headers.append(dict(handler.headers.items()))
         parts = urlsplit(handler.path)
         path, query = unquote(parts.path), parse_qs(parts.query)
-        info = f"/api/datasets/{self.repo}"
+        info = f"/api/{self.kind}s/{self.repo}"
+        folder = "/datasets" if self.kind == "dataset" else ""
         if path == "/":
             self._json(handler, {})
             return
         for commit, files in {self.commit: self.files, **self.earlier}.items():
-            resolve = f"/datasets/{self.repo}/resolve/{commit}/"
+            resolve = f"{folder}/{self.repo}/resolve/{commit}/"
             if path.startswith(resolve) and path.removeprefix(resolve) in files:
                 self._file(handler, commit, files, path.removeprefix(resolve))
                 return

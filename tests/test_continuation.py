@@ -10,9 +10,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from snakegpt.errors import UserError
+from snakegpt.lineage import continuation_problems
 from snakegpt.locks import read as read_locks
 from snakegpt.pipeline import Pipeline
-from snakegpt.settings import Training, continuation_problems, load
+from snakegpt.settings import Training, load
 from snakegpt.stages import train_model
 from train_fixtures import ENVIRONMENT, SETTINGS, changed, metrics, tokens, train_command
 

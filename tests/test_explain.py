@@ -422,5 +422,10 @@ def test_unknown_experiments_are_refused_with_the_nearest_name(project):
 
 
 def test_every_stage_has_its_settings_traced():
-    free = {"fetch_corpus", "index_tokens", "build_index"}  # lock file; no settings at all
+    free = {
+        "fetch_corpus",
+        "fetch_weights",
+        "index_tokens",
+        "build_index",
+    }  # lock file; no settings at all
     assert set(OUTPUTS) - free == set(origins.ORIGINS)

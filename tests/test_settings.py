@@ -246,7 +246,7 @@ def test_science_leaves_out_labels_and_keeps_everything_else():
         "license",
     }
     training = load(CONFIG).experiments["gpt2"].training
-    later = {"gradient_exchange"}
+    later = {"gradient_exchange", "start_from"}
     assert science(training) == training.model_dump(exclude=later)
 
 

@@ -34,12 +34,12 @@ def quick(monkeypatch):
 
 
 def lock(source):
-    return kinds.lock("mine", source, workers=2, label="test")
+    return kinds.lock("corpus mine", source, workers=2, label="test")
 
 
 def fetch(source, entry, folder):
     state = folder.with_name(f"{folder.name}-state")
-    kinds.fetch("mine", source, entry, folder, state, workers=2, label="test")
+    kinds.fetch("corpus mine", source, entry, folder, state, workers=2, label="test")
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
     }
@@ -727,7 +727,9 @@ def test_downloads_keep_to_the_rate(monkeypatch):
     waited = []
     monkeypatch.setattr(transfers.Throttle, "take", lambda self, n: waited.append((self.rate, n)))
     with serving(FileServer({"a.txt": BIG, "b.txt": BIG})) as server:
-        kinds.lock("mine", web(server, "a.txt", "b.txt"), workers=2, label="test", rate=10**6)
+        kinds.lock(
+            "corpus mine", web(server, "a.txt", "b.txt"), workers=2, label="test", rate=10**6
+        )
     assert {rate for rate, _ in waited} == {10**6}
     assert sum(n for _, n in waited) == 2 * len(BIG)
 

@@ -22,8 +22,9 @@ from snakegpt.command import read_json
 from snakegpt.errors import UserError
 from snakegpt.huggingface_format import from_config, load_model
 from snakegpt.identity import file_digest
+from snakegpt.lineage import continuation_problems
 from snakegpt.model import Shape
-from snakegpt.settings import Training, continuation_problems, science
+from snakegpt.settings import Training, science
 from snakegpt.training_state import Saved
 
 KEPT = ("step", "skipped_batches", "rollbacks", "in_a_row")  # of a state's note

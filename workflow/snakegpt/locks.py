@@ -1,4 +1,4 @@
-"""The lock file: which bytes every corpus is made of.
+"""The lock file: which bytes every corpus, and all pretrained weights, are made of.
 
 corpora.lock.json stands beside config.yaml and is committed. It makes the workflow's jobs known
 before anything is downloaded, and any change upstream an error:
@@ -7,7 +7,8 @@ before anything is downloaded, and any change upstream an error:
      "corpora": {name: {"source":   the settings it was made from,
                         "revision": commit of a hub repository, else null,
                         "archive":  {"name", "sha256", "bytes"} of a package, else null,
-                        "files":    [{"path", "sha256", "bytes"}, ...] sorted by path}}}
+                        "files":    [{"path", "sha256", "bytes"}, ...] sorted by path}},
+     "weights": the same of pretrained weights, left out while there are none}
 
 A file's path is relative and names it inside its source: the member's name in a package archive
 (its top folder included, as the glob patterns see it), the file's name in a hub repository, the
@@ -32,12 +33,13 @@ from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError
 
 FORMAT = 1
+TABLES = ("corpora", "weights")  # no name stands in both
 RELOCK = "python -m snakegpt.stages.lock_corpora"
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of a corpus; the fields are those of the JSON."""
+    """One file of a source; the fields are those of the JSON."""
 
     path: str
     sha256: str
@@ -55,7 +57,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the lock file says of one corpus."""
+    """What the lock file says of one corpus, or of some weights."""
 
     source: Mapping[str, Any]
     files: tuple[File, ...]
@@ -73,22 +75,29 @@ class Entry:
 
 
 def read(path: str | Path) -> dict[str, Entry]:
-    """All entries of a lock file by corpus name; none if there is no such file.
+    """All entries of a lock file by name, of corpora and weights; none if there is no such file.
 
     raises   UserError that names the first thing wrong with it
     """
+    return {name: entry for table in _tables(path).values() for name, entry in table.items()}
+
+
+def _tables(path: str | Path) -> dict[str, dict[str, Entry]]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return {}
+        return {table: {} for table in TABLES}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the lock file {path}: {error}.") from None
     try:
         tree = json.loads(text)
         if not isinstance(tree, dict) or tree.get("format") != FORMAT:
             raise ValueError(f'"format" is not {FORMAT}')
-        corpora = tree["corpora"]
-        return {name: _entry(name, value) for name, value in corpora.items()}
+        tree = {"weights": {}, **tree}
+        return {
+            table: {name: _entry(name, value) for name, value in tree[table].items()}
+            for table in TABLES
+        }
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise UserError(
@@ -169,20 +178,23 @@ def drift(old: Entry, new: Entry) -> list[str]:
     return lines
 
 
-def put(path: str | Path, entries: Mapping[str, Entry]) -> None:
-    """Merge entries into a lock file, atomically; other corpora's entries stay as they are."""
+def put(path: str | Path, entries: Mapping[str, Entry], table: str = "corpora") -> None:
+    """Merge entries into a table of a lock file, atomically; all other entries stay as they are."""
     path = Path(path)
     with _alone(path.absolute().parent):
-        corpora = {name: entry.as_json() for name, entry in (read(path) | dict(entries)).items()}
-        text = json.dumps(
-            {"format": FORMAT, "corpora": corpora}, indent=2, sort_keys=True, ensure_ascii=False
-        )
+        tables = _tables(path)
+        tables[table] |= entries
+        tree: dict[str, Any] = {"format": FORMAT}
+        for name, known in tables.items():
+            if known or name == "corpora":
+                tree[name] = {key: entry.as_json() for key, entry in known.items()}
+        text = json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False)
         write_text_atomically(path, text + "\n")
 
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep two corpora that are locked at once from losing each other's entry.
+    """Keep two that are locked at once from losing each other's entry.
 
     The folder itself is locked, so that no second file lies about; where a filesystem cannot lock
     folders (some NFS), the two are merely unlikely to meet.

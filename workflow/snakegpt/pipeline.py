@@ -3,7 +3,7 @@
 The rules, `why` and the reports all ask here, so that Snakemake's view of the pipeline and the
 store's are one. Every path is relative to the working directory.
 
-    corpora -> tokenizers -> tokens -> models -> evaluations, samples -> reports
+    corpora -> tokenizers -> tokens (, weights) -> models -> evaluations, samples -> reports
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from typing import Any
 
 from snakegpt.corpus_parts import divide
 from snakegpt.errors import UserError, nearest
+from snakegpt.lineage import start_conflicts
 from snakegpt.locks import Entry, is_current
 from snakegpt.settings import Corpus, Experiment, Settings, science
 
 # Stage -> the files each run of it is asked for; a rule's `output:` says the same (a test holds them equal).
 OUTPUTS = {
     "fetch_corpus": ["results/corpora/{corpus}/corpus.json"],
+    "fetch_weights": ["results/weights/{weights}/weights.json"],
     "build_tokenizer": ["results/tokenizers/{tokenizer}/tokenizer.json"],
     "screen_documents": ["results/corpora/{corpus}/drops.json"],
     "encode_tokens": [
@@ -39,6 +41,10 @@ OUTPUTS = {
     "measure_scaling": ["results/scaling/{experiment}/scaling.json"],
     "draw_network": ["results/networks/{experiment}/network.html"],
     "plan_training": ["results/plans/{experiment}/plan.json"],
+    "adapt_weights": [
+        "results/starts/{experiment}/weights.safetensors",
+        "results/starts/{experiment}/start.json",
+    ],
     "train_model": [
         "results/models/{experiment}/weights.safetensors",
         "results/models/{experiment}/best.safetensors",
@@ -90,7 +96,7 @@ class Request:
     def name(self) -> str:
         """What people call this run: `gpt2`, `shakespeare-gpt2/000000`."""
         tokens = "-".join(self.wildcards[w] for w in ("corpus", "tokenizer") if w in self.wildcards)
-        rest = [self.wildcards[w] for w in ("experiment", "part") if w in self.wildcards]
+        rest = [self.wildcards[w] for w in ("experiment", "weights", "part") if w in self.wildcards]
         return "/".join([tokens, *rest] if tokens else rest) or "all"
 
     @property
@@ -137,10 +143,10 @@ class Pipeline:
 
     # ---- corpora and tokens ----
 
-    def lock(self, corpus: str) -> Entry | None:
-        """The pins of a corpus, or None if it is not locked or was locked from another source."""
-        source = self.settings.corpus(corpus).source.model_dump()
-        locked = self.locks.get(corpus)
+    def lock(self, name: str) -> Entry | None:
+        """The pins of a corpus or of weights; None if not locked, or locked from another source."""
+        source = self.settings.pinned(name).source.model_dump()
+        locked = self.locks.get(name)
         return locked if locked and is_current(locked, source) else None
 
     def parts(self, corpus: str) -> dict[str, list[dict[str, Any]]]:
@@ -157,14 +163,21 @@ class Pipeline:
         return divide(locked.files, chosen.part_bytes, chosen.document_separator)
 
     def _fetch_corpus(self, corpus: str) -> Request:
-        locked = self.lock(corpus)
+        return self._fetch("fetch_corpus", corpus=corpus)
+
+    def _fetch_weights(self, weights: str) -> Request:
+        return self._fetch("fetch_weights", weights=weights)
+
+    def _fetch(self, stage: str, **wildcard: str) -> Request:
+        [name] = wildcard.values()
+        locked = self.lock(name)
         return Request(
-            "fetch_corpus",
-            {"corpus": corpus},
+            stage,
+            wildcard,
             settings={"files": [dict(vars(f)) for f in locked.files] if locked else None},
             execution={
-                "corpus": corpus,
-                "source": self.settings.corpus(corpus).source.model_dump(),
+                **wildcard,
+                "source": self.settings.pinned(name).source.model_dump(),
                 "archive": asdict(locked.archive) if locked and locked.archive else None,
                 "revision": locked.revision if locked else None,
                 "lock_file": "corpora.lock.json",
@@ -286,7 +299,7 @@ class Pipeline:
             experiment,
             settings={
                 "model": science(chosen.model),
-                "training": science(chosen.training),
+                "training": _recipe_of(chosen),
                 "machine": machine(),
                 **several,
             },
@@ -310,7 +323,7 @@ class Pipeline:
             experiment,
             settings={
                 "model": science(chosen.model),
-                "training": science(chosen.training),
+                "training": _recipe_of(chosen),
                 "machine": machine(),
                 "prices": self.settings.prices,
             },
@@ -332,24 +345,53 @@ class Pipeline:
             "validation_fraction": validating / sum(weights),
         }
 
+    def _adapt_weights(self, experiment: str) -> Request:
+        chosen = self.settings.experiment(experiment)
+        name = chosen.training.start_from
+        if name is None:
+            raise UserError(f"experiment {experiment} starts from new weights: none are adapted.")
+        if problems := start_conflicts(self.settings, experiment):
+            raise UserError("\n".join(problems))
+        model = science(chosen.model)
+        model.pop("dropout")  # may differ, and decides no weight
+        if name in self.settings.weights:
+            theirs = self.settings.weights[name].tokenizer
+            inputs = {
+                "weights": [_output("fetch_weights", weights=name)],
+                "trained_with": [_output("build_tokenizer", tokenizer=theirs)],
+            }
+        else:
+            inputs = {
+                "weights": [_output("train_model", 1, experiment=name)],
+                "config": [_output("train_model", 2, experiment=name)],
+            }
+        return self._experiment_request(
+            "adapt_weights",
+            experiment,
+            settings={"model": model},
+            inputs={**inputs, "tokenizer": [_tokenizer_of(chosen)]},
+        )
+
     def _train_model(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
-        network = _output("bench_network", experiment=experiment)
-        training = science(chosen.training)
+        training = _recipe_of(chosen)
         before = training.pop("continue_from")  # its name decides nothing, what it left does
         left = {"weights": 0, "config": 2, "optimizer": 4} if before else {}
+        inputs = {
+            "tokens": [_tokens_of(chosen)],
+            **{role: [_output("train_model", i, experiment=before)] for role, i in left.items()},
+        }
+        if chosen.training.start_from:
+            inputs["initial"] = [_output("adapt_weights", experiment=experiment)]
         return self._experiment_request(
             "train_model",
             experiment,
             settings={"model": science(chosen.model), "training": training},
-            inputs={
-                "tokens": [_tokens_of(chosen)],
-                **{
-                    role: [_output("train_model", index, experiment=before)]
-                    for role, index in left.items()
-                },
+            inputs=inputs,
+            execution={
+                "network": _output("bench_network", experiment=experiment),
+                "started_from": before or chosen.training.start_from,
             },
-            execution={"network": network},
         )
 
     def _evaluate_model(self, experiment: str) -> Request:
@@ -394,6 +436,10 @@ class Pipeline:
             },
             **{name: getattr(chosen, name).model_dump() for name in blocks},
         }
+        start = chosen.training.start_from
+        if start and start in self.settings.weights:
+            theirs = self.settings.weights[start]
+            described["weights"] = {"name": start, **theirs.model_dump()}
         of = functools.partial(_output, experiment=experiment)
         return self._experiment_request(
             "build_report",
@@ -409,6 +455,7 @@ class Pipeline:
                 "metrics": [of("train_model", 3)],
                 "evaluation": [of("evaluate_model")],
                 "samples": [of("sample_text")],
+                **({"start": [of("adapt_weights", 1)]} if start else {}),
             },
         )
 
@@ -461,6 +508,13 @@ def _tokens_of(experiment: Experiment) -> str:
 
 def _tokenizer_of(experiment: Experiment) -> str:
     return _output("build_tokenizer", tokenizer=experiment.tokenizer)
+
+
+def _recipe_of(experiment: Experiment) -> dict[str, Any]:
+    """Training settings that decide bytes: of what it starts from the content does, not the name."""
+    recipe = science(experiment.training)
+    recipe.pop("start_from", None)
+    return recipe
 
 
 def _text_settings(corpus: Corpus) -> dict[str, Any]:

@@ -37,6 +37,7 @@ BLOCKS: tuple[type[BaseModel], ...] = (
     settings.Validation,
     settings.RegistrySource,
     settings.HuggingFaceSource,
+    settings.HuggingFaceModelSource,
     settings.HttpSource,
     settings.LocalSource,
     settings.Gpt2Tokenizer,
@@ -44,6 +45,7 @@ BLOCKS: tuple[type[BaseModel], ...] = (
     settings.CharTokenizer,
     settings.ByteTokenizer,
     settings.BpeTokenizer,
+    settings.Weights,
     settings.Execution,
 )
 

@@ -4,7 +4,7 @@ This module is the only truth about settings: the JSON schema (workflow/schemas)
 (docs/settings.md) and the checks of the stages are generated from it or call it. Two kinds of
 settings are told apart by where they stand:
 
-    experiments, corpora, tokenizers    science: they decide bytes and are part of an artefact's key
+    experiments, corpora, weights, ...  science: they decide bytes and are part of an artefact's key
     execution, store, scale             execution: where, how fast, how loudly; never part of a key
 
 (The few labels inside science blocks, such as a corpus's licence, are marked with `LABEL` and left
@@ -33,6 +33,7 @@ from pydantic.fields import FieldInfo
 
 from snakegpt.errors import UserError, nearest
 from snakegpt.gpus import GPUS
+from snakegpt.lineage import lineage_conflicts
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 Scale = Literal["laptop", "full"]
@@ -116,13 +117,21 @@ class RegistrySource(Closed):
 class HuggingFaceSource(Closed):
     """Files of a dataset repository on the Hugging Face hub."""
 
+    repo_type: ClassVar[Literal["dataset", "model"]] = "dataset"
+
     kind: Literal["huggingface"]
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")]
-    """Dataset repository, as `owner/name`."""
+    """Repository, as `owner/name`."""
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
     """Commit to pin (40 hex digits); null lets lock_corpora resolve and record today's."""
     files: Annotated[list[str], Field(min_length=1)]
     """Glob patterns of the files to take."""
+
+
+class HuggingFaceModelSource(HuggingFaceSource):
+    """Files of a model repository on the Hugging Face hub."""
+
+    repo_type = "model"
 
 
 class HttpSource(Closed):
@@ -143,6 +152,9 @@ class LocalSource(Closed):
 
 Source = Annotated[
     RegistrySource | HuggingFaceSource | HttpSource | LocalSource, Field(discriminator="kind")
+]
+WeightsSource = Annotated[
+    RegistrySource | HuggingFaceModelSource | HttpSource | LocalSource, Field(discriminator="kind")
 ]
 
 
@@ -252,6 +264,22 @@ class BpeTokenizer(Closed):
 
 AnyTokenizer = Gpt2Tokenizer | TiktokenTokenizer | CharTokenizer | ByteTokenizer | BpeTokenizer
 Tokenizer = Annotated[AnyTokenizer, Field(discriminator="kind")]
+
+
+# ---- weights ---------------------------------------------------------------------------------
+
+
+class Weights(Closed):
+    """Weights to start training from: a config.json and safetensors files, pinned in corpora.lock.json."""
+
+    source: Annotated[WeightsSource, Field(json_schema_extra=LABEL)]
+    """Where the files come from. Not part of identity: the lock pins their content."""
+    tokenizer: Name
+    """Tokenizer that they were trained with, which whoever starts from them uses too."""
+    description: Annotated[str, Field(json_schema_extra=LABEL)] = ""
+    """One line for the report."""
+    license: Annotated[str, Field(json_schema_extra=LABEL)] = "unknown"
+    """Licence of the weights, as their source states it; for the report."""
 
 
 # ---- experiments -----------------------------------------------------------------------------
@@ -366,6 +394,8 @@ class Training(Closed):
     """muon only, 0.95 unless set: decay rate of its average of gradients."""
     continue_from: Name | None = None
     """Experiment whose finished training this one goes on from: its steps count, its learning rates must be these up to there; null: from new weights."""
+    start_from: Annotated[Name | None, Field(json_schema_extra=LATER)] = None
+    """Weights, or experiment whose best weights, to start from: a training of its own, with a new optimiser and this recipe; null: from new weights."""
     document_masking: bool = False
     """Let training attend inside documents only, where a window holds several; validation sees whole windows."""
     gradient_clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -418,37 +448,6 @@ def exchange_problem(training: Training, strategy: str, *, deterministic: bool) 
         f"training.gradient_exchange = {training.gradient_exchange} does not go with {reason}.\n"
         "  set it to float32, or train with strategy ddp or zero1 and deterministic = false"
     )
-
-
-def continuation_problems(done: Training, wanted: Training) -> list[str]:
-    """Why a run may not go on from a finished one; none if it may.
-
-    It may where it would have made the same steps up to there, had it started anew: with learning rates
-    that fall as they fell, or that had not begun to fall.
-    """
-    problems = []
-    if wanted.steps <= done.steps:
-        problems.append(
-            f"training.steps = {wanted.steps:,}, but the run to continue from has made"
-            f" {done.steps:,} already: ask for more."
-        )
-    rises = ("optimizer", "learning_rate", "muon_learning_rate", "warmup_steps")
-    falls = ("schedule", "min_learning_rate", "decay_end")
-    differ = [name for name in rises if getattr(done, name) != getattr(wanted, name)]
-    if done.steps > min(done.decay_begin, wanted.decay_begin):
-        differ += [name for name in falls if getattr(done, name) != getattr(wanted, name)]
-        differ += ["cooldown_fraction"] * (done.decay_begin != wanted.decay_begin)
-    if differ:
-        names = [name.replace("decay_end", "decay_steps") for name in dict.fromkeys(differ)]
-        problems.append(
-            f"the run to continue from has had other learning rates in its {done.steps:,} steps:"
-            f" training.{', training.'.join(names)} differ"
-            f" (decay from {done.decay_begin:,} to {done.decay_end:,}; here from"
-            f" {wanted.decay_begin:,} to {wanted.decay_end:,}).\n"
-            "  give both the same; or train with schedule = warmup_stable_decay and a decay_steps far"
-            " enough for it to begin after training.steps"
-        )
-    return problems
 
 
 class Evaluation(Closed):
@@ -597,6 +596,8 @@ class Settings(Closed):
     """Mixtures of them by name; an experiment takes one where it takes a corpus."""
     tokenizers: dict[Name, Tokenizer]
     """Tokenizers by name."""
+    weights: dict[Name, Weights] = {}
+    """Pretrained weights by name; `training.start_from` takes one."""
     experiments: dict[Name, Experiment]
     """Experiments by name; each gets targets train_<name>, evaluate_<name>, sample_<name>, report_<name>."""
 
@@ -614,6 +615,12 @@ class Settings(Closed):
 
     def corpus(self, name: str) -> Corpus:
         return _named(self.corpora, name, "corpus")
+
+    def pinned(self, name: str) -> Corpus | Weights:
+        """The corpus or the weights of a name: what the lock pins."""
+        both: dict[str, Corpus | Weights] = {**self.corpora, **self.weights}
+        chosen: Corpus | Weights = _named(both, name, "corpus")
+        return chosen
 
     def shares(self, name: str) -> dict[str, float]:
         """The corpora that a name stands for, each with its weight: one for a corpus itself."""
@@ -705,16 +712,32 @@ def load(config: Mapping[str, Any], files: Sequence[str | Path] = ()) -> Setting
                 f"tokenizers.{name}.corpus = '{corpus}' is not defined."
                 + nearest(corpus, settings.corpora)
             )
+    for name, weights in settings.weights.items():
+        # What is locked, and what training starts from, is said by name alone.
+        taken: dict[str, Mapping[str, Any]] = {
+            "a corpus": settings.corpora,
+            "an experiment": settings.experiments,
+        }
+        problems += [
+            f"weights.{name} has the name of {what}; give it another one."
+            for what, names in taken.items()
+            if name in names
+        ]
+        if weights.tokenizer not in settings.tokenizers:
+            problems.append(
+                f"weights.{name}.tokenizer = '{weights.tokenizer}' is not defined."
+                + nearest(weights.tokenizer, settings.tokenizers)
+            )
     if _holds_password(settings.store.remote or ""):
         problems.append(
             "store.remote holds a password; it would stand in files and logs."
             "\n  credentials come from the environment (AWS_ACCESS_KEY_ID, ...)"
         )
-    for name, corpus in settings.corpora.items():
-        urls = corpus.source.urls if isinstance(corpus.source, HttpSource) else []
+    for name, source in _sources(settings):
+        urls = source.urls if isinstance(source, HttpSource) else []
         if any(map(_holds_password, urls)):
             problems.append(
-                f"corpora.{name}.source.urls holds a password; it would stand in the lock and the store."
+                f"{name}.source.urls holds a password; it would stand in the lock and the store."
                 "\n  put it into ~/.netrc"
             )
     if problems:
@@ -765,7 +788,7 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
             f" model.context = {model.context:,};"
             f" nearest that fit: {max(rows, 1) * model.context:,} and {(rows + 1) * model.context:,}."
         )
-    problems += _continuation_conflicts(settings, name)
+    problems += lineage_conflicts(settings, name)
     if training.min_learning_rate > training.learning_rate:
         problems.append(
             f"{where}.training.min_learning_rate = {training.min_learning_rate:g} is above"
@@ -784,31 +807,12 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
     return problems
 
 
-def _continuation_conflicts(settings: Settings, name: str) -> list[str]:
-    """What is wrong with the experiment that one continues from."""
-    where = f"experiments.{name}.training.continue_from"
-    experiment = settings.experiments[name]
-    source = experiment.training.continue_from
-    passed = [name]
-    while source is not None:
-        if source not in settings.experiments:
-            known = nearest(source, settings.experiments)
-            return [f"{where} = '{source}' is not defined.{known}"] if len(passed) == 1 else []
-        if source in passed:
-            return [f"{where}: {' -> '.join([*passed, source])} comes back to itself."]
-        passed.append(source)
-        source = settings.experiments[source].training.continue_from
-    if len(passed) == 1:
-        return []
-    before = settings.experiments[passed[1]]
-    problems = continuation_problems(before.training, experiment.training)
-    if before.tokenizer != experiment.tokenizer:
-        problems.append(f"its tokenizer is {before.tokenizer}, this one's {experiment.tokenizer}.")
-    models = [science(each.model) | {"dropout": None} for each in (before, experiment)]
-    if models[0] != models[1]:
-        differ = ", ".join(key for key, value in models[0].items() if value != models[1][key])
-        problems.append(f"its model is another one: {differ} differ.")
-    return [f"{where} = '{passed[1]}': {problem}" for problem in problems]
+def _sources(settings: Settings) -> list[tuple[str, Any]]:
+    """Place and source of each corpus and of all weights."""
+    return [
+        *((f"corpora.{name}", corpus.source) for name, corpus in settings.corpora.items()),
+        *((f"weights.{name}", weights.source) for name, weights in settings.weights.items()),
+    ]
 
 
 def _parse(config: Mapping[str, Any], files: Sequence[str | Path]) -> Settings:

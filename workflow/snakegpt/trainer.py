@@ -32,6 +32,7 @@ from snakegpt.model import Shape, flops_per_token, n_parameters
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Training, science
 from snakegpt.stability import as_json
+from snakegpt.starting import Start
 from snakegpt.tokens import TokenSet
 from snakegpt.training_state import Saved, StateFolder
 from snakegpt.updates import Launch, TooLarge, Updates
@@ -60,11 +61,20 @@ class Trainer:
         *,
         end_of_text: int = 0,
         inputs: Mapping[str, Any] | None = None,
-        before: Finished | None = None,
+        before: Finished | Start | None = None,
+        started_from: str | None = None,
     ) -> None:
-        """inputs: digests of what is trained on, which a saved state must share; before: to go on from"""
+        """
+        inputs        digests of what is trained on, which a saved state must share
+        before        a run to go on from, or weights to start from; None: new weights
+        started_from  what people call it
+        """
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
         self.fingerprint, self.before = tokenizer_fingerprint, before
+        self.started_from = before and {
+            "name": started_from,
+            "sha256": before.note["weights_sha256"],
+        }
         run = {
             "model": asdict(shape),
             "training": science(recipe),
@@ -95,8 +105,10 @@ class Trainer:
         """
         stop = StopRequest()
         saved = self.states.newest()
-        if saved is None and self.before:
+        if saved is None and isinstance(self.before, Finished):
             self._continue(self.before)
+        if saved is None and isinstance(self.before, Start):
+            self._start(self.before)
         if self.group.leads:
             if saved is None:
                 self.states.require_space(n_parameters(self.shape))
@@ -117,11 +129,16 @@ class Trainer:
     def _train(self, saved: Saved | None, stop: StopRequest, watchdog: Watchdog, out: Path) -> None:
         if saved:
             self._resume(saved)
-        self.updates.start(self.step + self.skipped_batches)
+        updates = self.updates
+        updates.start(self.step + self.skipped_batches)
         metrics = self.metrics = self._recorder(saved)
         if metrics:
             self._describe(metrics, saved)
-        recipe, label, updates = self.recipe, self.launch.label, self.updates
+        if saved is None and isinstance(self.before, Start):
+            val_loss = updates.validate(watchdog.beat)  # what training is to improve on
+            if metrics:
+                metrics.validated(0, val_loss)
+        recipe, label = self.recipe, self.launch.label
         every = max(1, recipe.steps // 1000)  # a thousand points make a full chart
         saved_at = time.monotonic()
         while self.step < recipe.steps:
@@ -288,6 +305,16 @@ class Trainer:
         if self.group.leads:
             say(f"{self.launch.label}  continues a run of {self.step:,} steps")
 
+    def _start(self, before: Start) -> None:
+        """Take the weights that somebody trained; optimiser, schedule and order of data are new.
+
+        Here, and not where new weights are made, since each rank takes its part whatever the strategy.
+        """
+        fill(self.updates.strategy.room_for({}), before.tensors())
+        if self.group.leads:
+            name = (self.started_from and self.started_from["name"]) or before.weights
+            say(f"{self.launch.label}  starts from the weights of {name}")
+
     def _continue_with(self, note: Mapping[str, Any]) -> None:
         self.step, self.skipped_batches = note["step"], note["skipped_batches"]
         self.rollbacks = note["rollbacks"]
@@ -376,6 +403,7 @@ class Trainer:
             "n_parameters": n_parameters(self.shape),
             "torch": torch.__version__,
             **metrics.describe(),
+            "started_from": self.started_from,
             "host_cpu": torch.cpu.get_capabilities().get("cpu_name") or platform.processor(),
         }
         if saved is None:

@@ -16,9 +16,11 @@ SAMPLE_CHARACTERS = 400  # of the sample that the summary carries
 class Evidence:
     """All that is known about an experiment, as the stages wrote it.
 
-    settings    blocks corpus, tokenizer, model, training, evaluation, sampling; description, scale
+    settings    blocks corpus, tokenizer, model, training, evaluation, sampling; description, scale;
+                weights, where training started from such
     corpora     corpus.json of the corpus, or of each corpus of a mixture
     metrics     the lines of metrics.jsonl
+    start       start.json of the weights that training started from; None for new weights
     provenance  records of the stage runs behind it, sources first; None where stages ran by hand
     digests     input role -> sha256 of its file
     """
@@ -35,6 +37,7 @@ class Evidence:
     samples: Sequence[Mapping[str, Any]]
     provenance: Sequence[Mapping[str, Any]] | None
     digests: Mapping[str, str]
+    start: Mapping[str, Any] | None = None
 
     @property
     def texts(self) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -83,6 +83,9 @@ def settings_yaml(experiment: str, settings: Mapping[str, Any]) -> str:
         tree["corpora"] = {n: {k: v for k, v in p.items() if k != "name"} for n, p in parts.items()}
         tree["mixtures"] = {names["corpus"]: corpus}
     tree["tokenizers"] = {names["tokenizer"]: tokenizer}
+    if "weights" in settings:
+        weights = {**settings["weights"], "tokenizer": names["tokenizer"]}
+        tree["weights"] = {weights.pop("name"): weights}
     tree["experiments"] = {
         experiment: {
             **names,
@@ -102,12 +105,34 @@ def _lead(evidence: Evidence) -> str:
     processes = "one process" if launch["ranks"] == 1 else f"{launch['ranks']} processes"
     epochs = evidence.trained_tokens / max(train["n_tokens"], 1)
     return (
-        f"A GPT of {quantity(launch['n_parameters'])} parameters, trained from random weights for"
+        f"A GPT of {quantity(launch['n_parameters'])} parameters, trained from {_beginning(evidence)} for"
         f" {end['step']:,} steps on {evidence.settings['corpus']['name']}: it saw"
         f" {quantity(evidence.trained_tokens)} tokens, {epochs:.3g} times the training text, in"
         f" {readable_time(end['elapsed_s'])} on {_machine(evidence)}, in {processes}. On text it never"
         f" saw, its best weights need {best['bits_per_byte']:.3f} bits for a byte."
     )
+
+
+def _beginning(evidence: Evidence) -> str:
+    """What the first step of training found."""
+    training, start = evidence.settings["training"], evidence.start
+    if training.get("continue_from"):
+        return f"where {training['continue_from']} had ended"
+    if start is None:
+        return "random weights"
+    whose = evidence.settings.get("weights", {})
+    name = training["start_from"]
+    text = (
+        f"the weights {name} ({whose.get('license', 'unknown')})"
+        if whose
+        else f"the best weights of {name}"
+    )
+    changes = []
+    if "context" in start:
+        changes.append("their context cut from {:,} to {:,} tokens".format(*start["context"]))
+    if "vocabulary_rows" in start:
+        changes.append("their vocabulary from {:,} to {:,} rows".format(*start["vocabulary_rows"]))
+    return "".join([text, *(f", {change}" for change in changes), "," if changes else ""])
 
 
 def _machine(evidence: Evidence) -> str:
@@ -285,10 +310,13 @@ def _chain(evidence: Evidence) -> list[dict[str, Any]]:
     tokens = sum(split["n_tokens"] for split in evidence.tokens["splits"].values())
     steps, best = f"{evidence.end['step']:,}", f"{evidence.end['best_step']:,}"
     model = published.get(("train_model", "weights.safetensors"))
+    start = published.get(("adapt_weights", "weights.safetensors"))
+    begun = [("Weights it started from", start, "made to fit the model, of the right tokenizer")]
     links = [
         *corpora,
         ("Tokenizer", evidence.tokenizer["fingerprint"], "the fingerprint that tokens and weights carry"),
         ("Tokens", evidence.digests.get("tokens"), f"the manifest of {tokens:,} tokens, shard by shard"),
+        *(begun if evidence.start else ()),
         ("Last weights", model, f"after {steps} steps"),
         ("Best weights", published.get(("train_model", "best.safetensors")),
          f"lowest validation loss, after {best} steps"),

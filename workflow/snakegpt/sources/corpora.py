@@ -30,19 +30,20 @@ class Source(NamedTuple):
 
 
 def raw_files(corpus: Path, wanted: Sequence[str] | None = None) -> list[Path]:
-    """The raw files of a corpus.json, in its order or those wanted in theirs.
+    """The raw files of a corpus.json (or a weights.json), in its order or those wanted in theirs.
 
     raises   UserError that names a file which is not there
     """
     try:
         listed = [file["path"] for file in json.loads(corpus.read_text(encoding="utf-8"))["files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{corpus} is no corpus.json: {error}.") from None
+        raise UserError(f"{corpus} is no list of files: {error}.") from None
     paths = [corpus.parent / "files" / path for path in (listed if wanted is None else wanted)]
     for path in paths:
         if not path.is_file():
             raise UserError(
-                f"{path} is missing.\n  fetch the corpus again: snakemake --forcerun fetch_corpus"
+                f"{path} is missing.\n"
+                f"  fetch the {corpus.stem} again: snakemake --forcerun fetch_{corpus.stem}"
             )
     return paths
 

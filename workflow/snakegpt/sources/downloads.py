@@ -139,7 +139,7 @@ def hashed_to(origin: Origin, target: Path, meter: Meter) -> tuple[str, int]:
         return _bring(origin, sink, None, meter)
 
 
-def bring(file: File, origin: Origin, state: Path, meter: Meter, corpus: str) -> Path:
+def bring(file: File, origin: Origin, state: Path, meter: Meter, what: str) -> Path:
     """The locked file, in the state folder; what an earlier run left there is asked for no more.
 
     raises   UserError if the host cannot be reached or says no; transfers.Drifted for other bytes
@@ -161,7 +161,7 @@ def bring(file: File, origin: Origin, state: Path, meter: Meter, corpus: str) ->
         found = _to_disk(origin, part, file, meter)
     if found != wanted:
         part.unlink()
-    verify(found, file, corpus, origin.shown)
+    verify(found, file, what, origin.shown)
     kept.parent.mkdir(parents=True, exist_ok=True)
     os.replace(part, kept)
     return kept

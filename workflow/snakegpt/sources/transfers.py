@@ -180,14 +180,14 @@ def fingerprint(path: Path) -> tuple[str, int]:
 class Drifted(UserError):
     """A file is not the locked one; `report` has both, for people."""
 
-    def __init__(self, corpus: str, reports: Sequence[str]) -> None:
+    def __init__(self, what: str, reports: Sequence[str]) -> None:
         shown = "\n".join(reports[:SHOWN_DRIFTS])
         more = len(reports) - SHOWN_DRIFTS
         more_text = f"\n  ... and {more:,} more files" if more > 0 else ""
         super().__init__(
-            f"corpus {corpus}: {shown}{more_text}\n"
+            f"{what}: {shown}{more_text}\n"
             "  it changed since it was locked or was damaged on the way: run again, and if it was"
-            f" changed on purpose: {RELOCK} --update {corpus}"
+            f" changed on purpose: {RELOCK} --update {what.split()[-1]}"
         )
         self.reports = list(reports)
 
@@ -195,12 +195,12 @@ class Drifted(UserError):
 class Drifts:
     """Notes the files that are not the locked ones while the others go on, and says them all at once.
 
-    with Drifts(corpus) as drifts:
+    with Drifts(what) as drifts:
         in_parallel(drifts.noting(work), files, workers)
     """
 
-    def __init__(self, corpus: str) -> None:
-        self._corpus = corpus
+    def __init__(self, what: str) -> None:
+        self._what = what
         self._reports: dict[str, list[str]] = {}
 
     def noting(self, work: Callable[[File], None]) -> Callable[[File], None]:
@@ -218,10 +218,10 @@ class Drifts:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._reports:
             reports = [report for _, found in sorted(self._reports.items()) for report in found]
-            raise Drifted(self._corpus, reports)
+            raise Drifted(self._what, reports)
 
 
-def verify(found: tuple[str, int], wanted: File | Archive, corpus: str, where: str) -> None:
+def verify(found: tuple[str, int], wanted: File | Archive, what: str, where: str) -> None:
     """Stop unless a file is the locked one.
 
     found    its (sha256, bytes)
@@ -237,7 +237,7 @@ def verify(found: tuple[str, int], wanted: File | Archive, corpus: str, where: s
             f"  expected: sha256 {wanted.sha256}, {wanted.bytes:,} bytes\n"
             f"  found:    sha256 {sha256}, {n_bytes:,} bytes"
         )
-        raise Drifted(corpus, [report])
+        raise Drifted(what, [report])
 
 
 def hand_over(kept: Path, target: Path) -> None:

@@ -37,7 +37,9 @@ ROLES = {
     "metrics": "metrics.jsonl",
     "evaluation": "evaluation.json",
     "samples": "samples.jsonl",
+    "start": "start.json of the weights that training started from, if it did",
 }
+MANY = ("corpus", "start")  # roles of any number of files; the others have one
 
 
 def build_report(
@@ -50,11 +52,11 @@ def build_report(
     """Write report.html and summary.json to `out`.
 
     settings    the experiment's blocks, labels included
-    files       role -> file, see ROLES; several for a mixture's corpora
+    files       role -> file, see ROLES; several for a mixture's corpora, none for new weights
     provenance  records of the runs behind those files; None leaves them out
     raises      UserError if a file is damaged, or if weights and tokenizer do not belong together
     """
-    only = {role: only_path(paths, role) for role, paths in files.items() if role != "corpus"}
+    only = {role: only_path(paths, role) for role, paths in files.items() if role not in MANY}
     found = {role: _read(path) for role, path in only.items()}
     fingerprints = {
         "the tokenizer": found["tokenizer"]["fingerprint"],
@@ -78,6 +80,7 @@ def build_report(
         metrics=found["metrics"],
         evaluation=found["evaluation"],
         samples=found["samples"],
+        start=next(map(_read, files.get("start", [])), None),
         provenance=_read(provenance)["actions"] if provenance else None,
         digests={
             **{role: file_digest(path) for role, path in only.items()},

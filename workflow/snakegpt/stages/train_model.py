@@ -10,7 +10,8 @@ optimizer.safetensors, what else of a run another one needs to go on from it. By
                      "training": {"batch_tokens": 1024, "steps": 50, "warmup_steps": 5}}' --out /tmp/gpt
 
 The number of processes comes from --execution '{"ranks": 2}'; they are started here, or by torchrun.
-Given the --weights, --config and --optimizer of a finished run, and more steps, it goes on from there.
+Given the --weights, --config and --optimizer of a finished run, and more steps, it goes on from there;
+given --initial, the weights that adapt_weights has left, a training of its own starts from those.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 
 from snakegpt import distributed, launching
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
-from snakegpt.continuation import finished
+from snakegpt.continuation import Finished, finished
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
@@ -34,6 +35,7 @@ from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.settings import Execution, Model, Training, model_problems, science
+from snakegpt.starting import Start, adapted
 from snakegpt.tokens import open_sets, read_manifest
 from snakegpt.trainer import Trainer
 from snakegpt.training_state import newest_step
@@ -61,6 +63,8 @@ def train_model(
     state: Path,
     *,
     continued: tuple[Path, Path, Path] | None = None,
+    initial: Path | None = None,
+    started_from: str | None = None,
     label: str,
     threads: int,
     network: Path | None,
@@ -68,9 +72,11 @@ def train_model(
 ) -> None:
     """Train as one rank, or start the ranks that do.
 
-    continued  weights, config and optimizer of the finished run to go on from
-    arguments  this command's own, for the ranks
-    raises     UserError before the first step if tokens, settings and machine do not fit each other
+    continued     weights, config and optimizer of the finished run to go on from
+    initial       weights to start from, of this very model
+    started_from  what people call those or that run, for metrics.jsonl
+    arguments     this command's own, for the ranks
+    raises        UserError before the first step if tokens, settings and machine do not fit each other
     """
     if problems := model_problems(model, "model"):
         raise UserError("\n".join(problems))
@@ -108,14 +114,14 @@ def train_model(
     train, validation = (open_sets(tokens, manifest, split) for split in ("train", "val"))
     if any(len(part.stream) < 2 for part in validation):
         raise UserError(f"the validation split of {tokens} has no token to predict.")
-    before = None
+    fingerprint = manifest["tokenizer"]["fingerprint"]
+    before: Finished | Start | None = None
     if continued:
         before = finished(
-            *continued,
-            shape=shape,
-            recipe=training,
-            tokenizer_fingerprint=manifest["tokenizer"]["fingerprint"],
+            *continued, shape=shape, recipe=training, tokenizer_fingerprint=fingerprint
         )
+    elif initial:
+        before = adapted(initial, shape, fingerprint)
     windows = sum((len(part.stream) - 1) // model.context for part in train)
     if 0 < windows < ranks:
         raise UserError(
@@ -187,7 +193,6 @@ def train_model(
             tensorboard=execution.tensorboard,
             wandb=execution.wandb,
         )
-        fingerprint = manifest["tokenizer"]["fingerprint"]
         end_of_text = manifest["tokenizer"]["end_of_text"]
         trainer = Trainer(
             shape,
@@ -201,6 +206,7 @@ def train_model(
             end_of_text=end_of_text,
             inputs={"tokens": file_digest(tokens)},
             before=before,
+            started_from=started_from,
         )
         trainer.run(out, watchdog)
         if group.leads:
@@ -242,6 +248,10 @@ def _continued(args: argparse.Namespace) -> tuple[Path, Path, Path] | None:
     given = [role for role in roles if getattr(args, role)]
     if not given:
         return None
+    if args.initial:
+        raise UserError(
+            "--initial begins anew from weights, --optimizer goes on: give one of them."
+        )
     if len(given) < 3:
         raise UserError(f"to go on from a finished run takes all of --{', --'.join(roles)}.")
     weights, config, optimizer = (only_path(getattr(args, role), role) for role in roles)
@@ -255,9 +265,11 @@ def main(argv: list[str] | None = None) -> None:
         "weights": "weights.safetensors of a finished run to go on from",
         "config": "its config.json",
         "optimizer": "its optimizer.safetensors",
+        # Not --start: torchrun, which gets these words too, takes that for the beginning of its own.
+        "initial": "weights.safetensors of adapt_weights to start from",
     }
     args = stage_parser(__doc__, roles, state=True).parse_args(argv)
-    how = how_to_run(args, "train_model", "network")
+    how = how_to_run(args, "train_model", "network", "started_from")
     network = how.extras["network"]
     args.out.mkdir(parents=True, exist_ok=True)
     with distributed.reporting_outcome():
@@ -269,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
             args.out,
             args.state or args.out / ".state",
             continued=_continued(args),
+            initial=only_path(args.initial, "initial") if args.initial else None,
+            started_from=how.extras["started_from"],
             label=how.label,
             threads=how.threads,
             network=Path(network) if network else None,

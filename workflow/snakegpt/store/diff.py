@@ -30,6 +30,7 @@ STAGES = (
     "build_tokenizer",
     "encode_tokens",
     "index_tokens",
+    "adapt_weights",
     "train_model",
     "evaluate_model",
     "sample_text",
@@ -93,7 +94,10 @@ def _side(store: Store, pipeline: Pipeline, word: str) -> Side:
 def _experiment(pipeline: Pipeline, name: str) -> Side:
     """The actions that made an experiment's present results, whatever the settings ask for by now."""
     found = {}
+    starts = pipeline.settings.experiment(name).training.start_from is not None
     for stage in STAGES:
+        if stage == "adapt_weights" and not starts:
+            continue
         record = maker(Path(_request(pipeline, stage, name).outputs[0]))
         if record:
             found[stage] = record

@@ -73,7 +73,7 @@ def _work(stage: str, science: Mapping[str, Any]) -> float | None:
     """What a stage's time grows with; the same for all runs where it hardly grows."""
     if stage == "train_model":
         return float(science["training"]["steps"] * science["training"]["batch_tokens"])
-    if stage in ("fetch_corpus", "encode_tokens"):
+    if stage in ("fetch_corpus", "fetch_weights", "encode_tokens"):
         files = science["files"]
         return float(sum(file["bytes"] for file in files)) if files else None
     if stage == "sample_text":

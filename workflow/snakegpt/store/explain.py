@@ -244,7 +244,7 @@ class Explainer:
         if Path(request.outputs[0]).exists():
             return "no record says what made it"
         if "files" in request.settings and not request.settings["files"]:
-            return "nothing has made it yet, and its corpus is not locked"
+            return "nothing has made it yet, and its files are not locked"
         return "nothing has made it yet"
 
     def _not_shown(self, request: Request, record: Mapping[str, Any]) -> list[str]:

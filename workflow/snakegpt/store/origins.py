@@ -32,6 +32,7 @@ ORIGINS: dict[str, dict[str, str]] = {
     "measure_scaling": _EXPERIMENT,
     "draw_network": {},
     "plan_training": _EXPERIMENT,
+    "adapt_weights": _EXPERIMENT,
     "train_model": _EXPERIMENT,
     "evaluate_model": _EXPERIMENT,
     "sample_text": _EXPERIMENT,
@@ -42,6 +43,7 @@ ORIGINS: dict[str, dict[str, str]] = {
         "settings.corpus": "corpora.{corpus}",
         "settings.tokenizer.name": "experiments.{experiment}.tokenizer",
         "settings.tokenizer": "tokenizers.{tokenizer}",
+        "settings.weights": "weights.{weights}",
         **{f"settings.{block}": origin for block, origin in _EXPERIMENT.items()},
     },
 }
@@ -92,6 +94,7 @@ def _words(pipeline: Pipeline, request: Request) -> dict[str, str]:
     if "experiment" in words:
         chosen = pipeline.settings.experiment(words["experiment"])
         words |= {"corpus": chosen.corpus, "tokenizer": chosen.tokenizer}
+        words["weights"] = chosen.training.start_from or ""
     elif "corpus" not in words and "tokenizer" in words:
         tokenizer = pipeline.settings.tokenizer(words["tokenizer"])
         words["corpus"] = getattr(tokenizer, "corpus", "")

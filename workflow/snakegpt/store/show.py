@@ -311,9 +311,9 @@ def _brief(value: Any) -> str:
 
 
 def _pins(record: Mapping[str, Any]) -> list[str]:
-    """The corpus files that an action was told to read, each pinned by its sha256."""
+    """The files that an action was told to fetch, each pinned by its sha256."""
     files = record["science"].get("files") or []
-    if not files or record["stage"] != "fetch_corpus":
+    if not files or record["stage"] not in ("fetch_corpus", "fetch_weights"):
         return []
     total = quantity(sum(file["bytes"] for file in files), "B")
     told = [f"  pinned    {len(files):,} files, {total}, by corpora.lock.json"]
