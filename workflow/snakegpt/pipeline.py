@@ -305,6 +305,8 @@ class Pipeline:
 
     def _plan_training(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
+        before = chosen.training.continue_from
+        done = {"steps_done": self.settings.experiment(before).training.steps} if before else {}
         return self._experiment_request(
             "plan_training",
             experiment,
@@ -313,6 +315,7 @@ class Pipeline:
                 "training": science(chosen.training),
                 "machine": machine(),
                 "prices": self.settings.prices,
+                **done,
             },
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
             execution=self._size_of(chosen.corpus),
