@@ -26,6 +26,7 @@ from snakegpt.settings import Training
 from snakegpt.tokens import open_sets, read_manifest
 from snakegpt.trainer import Trainer
 from snakegpt.updates import Launch
+from snakegpt.watchdog import Watchdog
 from train_fixtures import SETTINGS
 
 ALONE = Group()
@@ -38,6 +39,7 @@ def trainer(
     group: Group = ALONE,
     shape: Shape = SHAPE,
     launch: dict[str, Any] | None = None,
+    watchdog: Watchdog | None = None,
     **training: Any,
 ) -> Trainer:
     how = Launch(
@@ -59,7 +61,7 @@ def trainer(
     splits = [open_sets(manifest, content, split) for split in ("train", "val")]
     recipe = Training(**{**SETTINGS["training"], **training})
     fingerprint = content["tokenizer"]["fingerprint"]
-    return Trainer(shape, recipe, *splits, how, group, state, fingerprint)
+    return Trainer(shape, recipe, *splits, how, group, state, fingerprint, watchdog=watchdog)
 
 
 def work(job: dict[str, Any], group: Group) -> None:

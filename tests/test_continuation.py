@@ -61,6 +61,8 @@ def test_it_ends_bit_for_bit_where_one_run_of_all_steps_ends(manifest, tmp_path,
         for run in ("whole", "more")
     ]
     assert losses[1] == {step: losses[0][step] for step in range(13, 21)}
+    [end] = metrics(tmp_path / "more", "end")  # the rate of the 8 steps of 64 tokens that it made
+    assert end["rate_tokens_per_s"] == pytest.approx(8 * 64 / end["elapsed_s"], rel=0.05)
 
 
 def test_two_sharded_ranks_go_on_from_one(manifest, tmp_path):
@@ -165,6 +167,8 @@ def test_the_pipeline_hands_over_what_the_run_before_left():
         request.inputs["optimizer"][0]
         in pipeline().request("train_model", {"experiment": "gpt2"}).outputs
     )
+    plans = [pipeline().request("plan_training", {"experiment": e}) for e in ("longer", "gpt2")]
+    assert [plan.settings.get("steps_done") for plan in plans] == [1000, None]
 
 
 @pytest.mark.parametrize(

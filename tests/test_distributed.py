@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import os
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from snakegpt.distributed import (
     choose_micro_rows,
     choose_precision,
     choose_ranks,
+    choose_slices,
     choose_strategy,
     network_environment,
 )
@@ -32,6 +36,29 @@ def test_one_rank_a_gpu(monkeypatch):
     assert choose_ranks("auto", device="cuda", rows=12, threads=2) == 6
     with pytest.raises(UserError, match="has 8 CUDA devices"):
         choose_ranks(16, device="cuda", rows=512, threads=2)
+
+
+def test_several_ranks_do_not_share_one_mps_device():
+    assert choose_ranks("auto", device="mps", rows=12, threads=16) == 1
+    with pytest.raises(UserError, match=r"ranks = 2, but there is one mps(.|\n)*to 1 or auto"):
+        choose_ranks(2, device="mps", rows=12, threads=16)
+
+
+def test_a_full_disk_is_a_message_of_a_rank_too(monkeypatch, tmp_path):
+    """Not an error of ours, with a traceback and new attempts."""
+    outcome = tmp_path / "outcome.json"
+    monkeypatch.setenv(distributed.OUTCOME, str(outcome))
+    monkeypatch.setenv(distributed.AGENT, str(os.getppid()))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(distributed, "_die_with", lambda parent: None)
+    ended = []
+    monkeypatch.setattr(distributed.os, "_exit", ended.append)
+    with distributed.reporting_outcome():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "store/state/x")
+    assert ended == [2]
+    told = json.loads(outcome.read_text())
+    assert told["status"] == 2
+    assert told["text"].startswith("store/state/x: No space left on device.\n  free some:")
 
 
 def test_ranks_that_do_not_divide_the_rows_are_refused_with_those_that_do():
@@ -150,3 +177,11 @@ def test_the_first_strategy_whose_share_fits_half_a_gpu_is_chosen(monkeypatch):
     assert choose_strategy("auto", n_parameters=5_000_000_000, **gpus) == "fsdp"
     assert choose_strategy("zero1", n_parameters=1, **gpus) == "zero1"
     assert choose_strategy("auto", device="cpu", ranks=8, n_parameters=10**12) == "ddp"
+
+
+def test_slices_stay_inside_a_node_where_it_holds_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80e9, 80e9))
+    nodes = {"ranks": 32, "local_ranks": 8, "device": "cuda"}
+    assert choose_slices(7_000_000_000, **nodes) == 8  # 14 GB each
+    assert choose_slices(22_000_000_000, **nodes) == 32  # 44 GB are more than half
+    assert choose_slices(22_000_000_000, ranks=4, local_ranks=2, device="cpu") == 2

@@ -11,6 +11,7 @@ from snakegpt.distributed import Group, StartAgain
 from snakegpt.errors import UserError
 from snakegpt.fitting import largest_that_fits, smaller, why_it_does_not_compile
 from snakegpt.losses import mean_loss
+from snakegpt.watchdog import Watchdog
 from train_fixtures import metrics, tokens
 
 
@@ -45,11 +46,70 @@ def test_the_largest_micro_batch_that_fits_is_found(memory, guess):
     assert not fits or len(device.tried) <= 2
 
 
+SHARE_480 = [r for r in range(1, 65) if 480 % r == 0]  # of GPT-2's batch, 18 sizes
+
+
+@pytest.mark.parametrize("memory", [*range(110, 760, 10), 10_000])
+@pytest.mark.parametrize("guess", [1, 60])
+def test_few_sizes_are_tried_whatever_the_memory(memory, guess):
+    """torch compiles a model for eight sizes, and then no more."""
+    device = Device(memory)
+    found = largest_that_fits(device.peak_bytes, SHARE_480, guess, memory, fixed_bytes=100)
+    assert found == max(r for r in SHARE_480 if 100 + 10 * r <= memory)
+    assert len(device.tried) <= 7 < torch._dynamo.config.recompile_limit
+
+
+def test_a_trial_above_the_budget_says_how_far_to_go_down():
+    device = Device(10_000)
+    assert largest_that_fits(device.peak_bytes, SHARE_480, 60, 320, fixed_bytes=100) == 20
+    assert device.tried == [60, 20]
+
+
 def test_a_memory_that_grows_faster_than_it_seemed_is_noticed():
     device = Device(700)
     device.peak_bytes = lambda rows: 100 + 10 * rows + (500 if rows > 20 else 0)  # type: ignore[method-assign]
     assert largest_that_fits(device.peak_bytes, [1, 2, 4, 8, 16, 32], 8, 700, 100) == 16
     assert largest_that_fits(device.peak_bytes, [24], 24, 10, 100) == 24
+
+
+class Gpu(Device):
+    """What torch.cuda tells of a device on which trials allocate."""
+
+    def install(self, monkeypatch, updates) -> None:
+        self.peak = 0
+        told = {
+            "empty_cache": lambda: None,
+            "reset_peak_memory_stats": lambda: setattr(self, "peak", 0),
+            "memory_allocated": lambda: self.fixed,
+            "max_memory_allocated": lambda: max(self.fixed, self.peak),
+            "mem_get_info": lambda: (self.memory - self.fixed, self.memory),
+        }
+        for name, tell in told.items():
+            monkeypatch.setattr(torch.cuda, name, tell)
+        monkeypatch.setattr(updates, "_trial", lambda rows, network: self.trial(rows))
+
+    def trial(self, rows: int) -> None:
+        self.peak = self.fixed + self.per_row * rows  # also of one that ran out
+        self.peak_bytes(rows)
+
+
+@pytest.mark.parametrize(("others", "rows"), [(8, 8), (2, 2)])
+def test_the_probe_leaves_room_for_the_moments_and_asks_the_other_ranks(
+    manifest, tmp_path, monkeypatch, others, rows
+):
+    """Of 500,000 bytes beside what is held, 92 % less 8 bytes a parameter are a trial's."""
+    updates = trainer(
+        tmp_path / "a", manifest, batch_tokens=64 * 8, launch={"micro_rows": 64}
+    ).updates
+    parameters = sum(p.numel() for p in updates.model.parameters())
+    per_row = (0.92 * 500_000 - 8 * parameters) / 9  # eight rows fit, nine would
+    gpu = Gpu(memory=10_000 + 500_000, fixed=10_000, per_row=int(per_row))
+    gpu.install(monkeypatch, updates)
+    monkeypatch.setattr(Group, "least", lambda self, mine: min(mine, others))
+    updates._probe()
+    assert updates.micro_rows == rows
+    assert gpu.tried[0] == 64 and len(gpu.tried) <= 5
+    assert torch.cuda.max_memory_allocated() == 10_000  # a trial is no peak of the training's
 
 
 def test_smaller_micro_batches_divide_the_share():
@@ -130,7 +190,9 @@ def test_the_deterministic_mode_does_not_change_its_micro_batch(manifest, tmp_pa
         one.run(tmp_path)
 
 
-def test_one_of_several_ranks_asks_all_to_start_again_with_less(manifest, tmp_path, monkeypatch):
+def test_one_of_several_ranks_asks_all_to_start_again_with_less(
+    manifest, tmp_path, monkeypatch, capsys
+):
     """The others wait for it in an exchange, so that it cannot just go on with less."""
     one = trainer(tmp_path / "a", manifest, launch={"micro_rows": 4})
     run_out_of_memory_above(3, one, monkeypatch)
@@ -138,7 +200,9 @@ def test_one_of_several_ranks_asks_all_to_start_again_with_less(manifest, tmp_pa
     with pytest.raises(StartAgain, match="4 rows at once did not fit on rank 0"):
         one.run(tmp_path)
     assert json.loads((tmp_path / "a" / "fitted.json").read_text())["micro_rows"] == 2
+    capsys.readouterr()
     assert trainer(tmp_path / "a", manifest).updates.micro_rows == 2
+    assert "2 rows at once, as an attempt before this one found" in capsys.readouterr().err
 
 
 def test_a_compiler_that_fails_is_done_without_and_said(manifest, tmp_path, monkeypatch, capsys):
@@ -156,6 +220,18 @@ def test_a_compiler_that_fails_is_done_without_and_said(manifest, tmp_path, monk
     assert "does not compile here, and trains without: RuntimeError: no C++ compiler found" in said
     one.run(tmp_path)
     assert metrics(tmp_path, "start")[0]["compiled"] is False
+
+
+def test_the_watchdog_hears_of_what_is_tried_before_the_first_step(manifest, tmp_path, monkeypatch):
+    """A large model compiles for minutes, each size that is tried anew."""
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)
+    heard = []
+    watchdog = Watchdog(None)
+    watchdog.beat = heard.append  # type: ignore[method-assign]
+    one = trainer(tmp_path / "a", manifest, launch={"compiled": True}, watchdog=watchdog)
+    assert heard == ["a trial of 8 rows"]
+    one.run(tmp_path)
+    assert heard[-2:] == ["the last step and its state", "writing the weights"]
 
 
 def test_running_out_of_memory_says_nothing_of_the_compiler():

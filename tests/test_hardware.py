@@ -20,6 +20,12 @@ from snakegpt import gpus, hardware
         ("NVIDIA A100-SXM4-40GB", "bfloat16", 312.0),
         ("NVIDIA A100 80GB PCIe", "bfloat16", 312.0),
         ("NVIDIA A10", "bfloat16", 125.0),
+        ("NVIDIA A10G", "bfloat16", 70.0),
+        ("NVIDIA GH200 480GB", "bfloat16", 989.4),
+        ("NVIDIA L40", "bfloat16", 181.0),
+        ("NVIDIA L40S", "bfloat16", 362.0),
+        ("Tesla V100-SXM2-16GB", "float16", 125.0),
+        ("Tesla V100S-PCIE-32GB", "float16", 130.0),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
         ("Tesla T4", "float16", 65.0),
         ("Tesla T4", "bfloat16", None),  # it has none
@@ -38,6 +44,7 @@ def test_a_gpu_has_its_datasheets_peak_for_each_type(device_name, precision, tfl
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb",  # a slice is not the whole
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA RTX 6000",  # of another generation
         "NVIDIA X9000",
     ],
 )

@@ -67,6 +67,17 @@ def test_gpus_and_the_verdict_are_told(tmp_path):
     assert "8 × T4" not in text
 
 
+def test_a_run_that_continues_another_is_not_said_to_begin_anew(tmp_path):
+    assert "trained from random weights for" in report(tmp_path / "new")
+    settings = report_fixtures.settings()
+    settings["training"]["continue_from"] = "short"
+    files = report_fixtures.results(tmp_path / "in")
+    (tmp_path / "more").mkdir()
+    build_report.build_report("gpt2", settings, files, None, tmp_path / "more")
+    page = (tmp_path / "more" / "report.html").read_text(encoding="utf-8")
+    assert "continued from short up to" in page and "random weights" not in page
+
+
 def test_what_a_model_wrote_is_text(tmp_path):
     page = report(tmp_path)
     assert "<script>" not in page

@@ -83,6 +83,57 @@ def test_ranks_that_do_not_divide_the_rows_are_refused(tokenizer, tmp_path):
         make(tokenizer, tmp_path, execution={"ranks": 3})
 
 
+def planned(tokenizer, tmp_path, **how):
+    make(tokenizer, tmp_path, **how)
+    return json.loads((tmp_path / "plan.json").read_text("utf-8"))
+
+
+def test_a_missing_package_is_said_with_the_plan(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        make(tokenizer, tmp_path, execution={"wandb": "project"})
+
+
+def test_the_deterministic_mode_is_planned_as_it_trains(tokenizer, tmp_path):
+    """512 rows in 64 micro-batches of 8, which two ranks share, one thread each."""
+    how = {"deterministic": True, "ranks": 2}
+    plan = planned(tokenizer, tmp_path, execution=how, threads=8)
+    names = ("ranks", "rows_per_rank", "accumulation", "threads", "strategy")
+    assert [plan[name] for name in names] == [2, 8, 32, 1, "ddp"]
+    with pytest.raises(UserError, match="strategy ddp alone"):
+        make(tokenizer, tmp_path, execution={**how, "strategy": "fsdp"})
+
+
+def test_several_nodes_share_the_step_that_is_planned(tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stage, "measure_matmul", lambda *_: 1e12)
+    how = {"strategy": "fsdp", "ranks_per_node": 2}
+    one = planned(tokenizer, tmp_path, execution={**how, "ranks": 2})
+    four = planned(tokenizer, tmp_path, execution={**how, "nodes": 4, "calibration_steps": 20})
+    assert (four["ranks"], four["nodes"]) == (8, 4)
+    assert four["rows_per_rank"] * four["accumulation"] * 8 == 524_288 // 1024
+    assert four["time_estimate_s"] == pytest.approx(one["time_estimate_s"] / 4)
+    # Slices are of a node, so the states take what they take on one.
+    for part in ("weights", "gradients", "optimizer"):
+        assert four["memory_bytes"][part] == one["memory_bytes"][part]
+    said = capsys.readouterr().err
+    assert "tries no steps: they are of 4 nodes" in said
+    assert "8 ranks on 4 nodes x" in said
+    with pytest.raises(UserError, match=r"set execution\.ranks_per_node"):
+        make(tokenizer, tmp_path, execution={"nodes": 4, "ranks": 2})
+
+
+def test_a_run_that_continues_is_planned_from_where_it_begins(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "measure_matmul", lambda *_: 1e12)
+    training = {"steps": 1000, "validation_interval": 250}
+    whole = planned(tokenizer, tmp_path, training=training)
+    rest = planned(tokenizer, tmp_path, training=training, steps_done=750)
+    assert rest["tokens"] == whole["tokens"] / 4
+    for time in ("time_estimate_s", "validation_time_estimate_s"):
+        assert rest[time] == pytest.approx(whole[time] / 4)
+    times = [[row["time_s"] for row in plan["gpus"] if row["fits"]] for plan in (whole, rest)]
+    assert times[1] == pytest.approx([time / 4 for time in times[0]])
+
+
 SMALL = {
     "model": {"layers": 2, "heads": 2, "channels": 32, "context": 32},
     "training": {"batch_tokens": 256, "steps": 500, "warmup_steps": 5},

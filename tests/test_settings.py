@@ -127,6 +127,16 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
             {"training": {"gradient_exchange": "bfloat16"}, "execution": {"strategy": "fsdp"}},
             ["gradient_exchange = bfloat16 does not go with strategy fsdp", "ddp or zero1"],
         ),
+        (
+            "experiments.gpt2.laptop.execution",
+            {"deterministic": True, "strategy": "zero1"},
+            ["execution.deterministic goes with strategy ddp alone, not with zero1", "ddp or auto"],
+        ),
+        (
+            "experiments.gpt2.laptop.training",
+            {"skip_spikes_above": 6, "spike_window": 128, "steps": 100, "warmup_steps": 5},
+            ["skip_spikes_above = 6 would find nothing", "spike_window = 128", "100 steps"],
+        ),
         ("experiments.gpt2.model.preset", "1.6B", ["preset = '1.6B'", "Nearest valid name: 1.5B"]),
         ("experiments.My Model", {}, ["My Model", "pattern"]),
     ],

@@ -309,6 +309,11 @@ def with_model(**model):
         ),
         (SETTINGS, {"ranks": 1, "attention": "flex"}, "training.document_masking on cuda"),
         (SETTINGS, {"ranks": 1, "rows_per_rank": 3}, "execution.rows_per_rank = 3"),
+        (
+            changed(precision="float16"),
+            {"ranks": 1, "cross_entropy": "chunked"},
+            "cross_entropy = chunked does not go with float16",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -329,11 +334,13 @@ def test_more_ranks_than_windows_are_refused(tmp_path, capsys):
     assert "set execution.ranks to at most 3" in said
 
 
-def test_a_state_of_another_run_is_refused(manifest, tmp_path, capsys):
+def test_a_state_of_another_run_is_refused(manifest, tmp_path, capsys, monkeypatch):
     command = train_command(manifest, tmp_path / "out", SETTINGS, {}, tmp_path / "state")
     train_model.main(command[3:])
     other = changed(learning_rate=0.02)
     command = train_command(manifest, tmp_path / "out", other, {}, tmp_path / "state")
+    # Before the network is made ready, which may take minutes.
+    monkeypatch.setattr("snakegpt.trainer.Updates", None)
     with pytest.raises(SystemExit):
         train_model.main(command[3:])
     assert "of another run: training.learning_rate 0.01, here 0.02." in capsys.readouterr().err

@@ -10,6 +10,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from snakegpt import training_state
 from snakegpt.distributed import Group
 from snakegpt.durable import write_atomically
 from snakegpt.errors import UserError
@@ -164,8 +165,24 @@ def test_a_file_that_cannot_be_written_is_the_systems_error_at_the_next_save(tmp
             folder.save({"w": torch.ones(9)}, {"step": 3, "best_step": 0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == [
+        "state_000000001"
+    ]  # and nothing half written takes what room there is
     assert loaded(states(tmp_path)) == 1.0
-    assert names(tmp_path) == ["state_000000001"]
+
+
+def test_the_metrics_are_on_the_disk_before_the_state_that_makes_them_final(tmp_path, monkeypatch):
+    """Or a machine that loses its power would leave a hole in them."""
+    folder = states(tmp_path)
+    folder.metrics.write_text("lines up to step 1")
+    synced = []
+
+    def note(path):
+        synced.append((path.name, (tmp_path / "state_000000001").exists()))
+
+    monkeypatch.setattr(training_state, "sync", note)
+    save(folder, 1)
+    assert ("metrics.jsonl", False) in synced
 
 
 def test_the_note_says_what_the_files_hold(tmp_path):

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from snakegpt.errors import RETRY, USER_ERROR, Interrupted, UserError
+from snakegpt.errors import RETRY, USER_ERROR, Interrupted, UserError, way_out
 from snakegpt.progress import say
 
 Strategy = Literal["ddp", "zero1", "fsdp"]
@@ -80,7 +80,15 @@ def choose_ranks(wanted: int | str, *, device: str, rows: int, threads: int) -> 
         ranks = int(wanted)
         require_divisor(ranks, rows)
         if gpus and ranks > gpus:
-            raise UserError(f"execution.ranks = {ranks}, but this machine has {gpus} CUDA devices.")
+            raise UserError(
+                f"execution.ranks = {ranks}, but this machine has {gpus} CUDA devices.\n"
+                "  each rank takes one: set execution.ranks to at most as many, or to auto"
+            )
+        if device == "mps" and ranks > 1:
+            raise UserError(
+                f"execution.ranks = {ranks}, but there is one mps device, which one rank takes.\n"
+                "  set execution.ranks to 1 or auto, or execution.device to cpu"
+            )
         return ranks
     most = {"cuda": gpus, "cpu": min(threads // CPU_RANK_THREADS, MAX_CPU_RANKS)}.get(device, 1)
     return max(r for r in range(1, max(most, 1) + 1) if rows % r == 0)
@@ -109,6 +117,18 @@ def choose_strategy(wanted: str, *, device: str, ranks: int, n_parameters: int) 
     room = torch.cuda.mem_get_info()[1] / 2
     needed = {"ddp": 16 * n_parameters, "zero1": (8 + 8 / ranks) * n_parameters}
     return next((cast(Strategy, name) for name, size in needed.items() if size <= room), "fsdp")
+
+
+def choose_slices(n_parameters: int, *, ranks: int, local_ranks: int, device: str) -> int:
+    """Ranks that fsdp slices everything among; see `slices_that_fit`."""
+    room = torch.cuda.mem_get_info()[1] if device == "cuda" else math.inf
+    return slices_that_fit(n_parameters, ranks, local_ranks, room)
+
+
+def slices_that_fit(n_parameters: int, ranks: int, local_ranks: int, room_bytes: float) -> int:
+    """The ranks of a node, whose links are the fast ones, where slices of AdamW's 16 bytes a parameter fit
+    half of a rank's memory; else the ranks of all nodes."""
+    return local_ranks if 16 * n_parameters / local_ranks <= room_bytes / 2 else ranks
 
 
 def choose_precision(wanted: str, device: str) -> torch.dtype:
@@ -291,6 +311,8 @@ def reporting_outcome() -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, UserError):
             status, text = USER_ERROR, str(error)
+        elif disk := way_out(error):
+            status, text = USER_ERROR, disk
         elif isinstance(error, Interrupted | KeyboardInterrupt):
             status, text = RETRY, str(error) or STOPPED_EARLY
         else:

@@ -48,6 +48,15 @@ _WAYS_OUT = {
 }
 
 
+def way_out(error: BaseException) -> str | None:
+    """What the system says of a disk in words for people; None for what they cannot mend."""
+    if not isinstance(error, OSError) or error.errno not in _WAYS_OUT:
+        return None
+    place = error.filename2 or error.filename
+    what = f"{place}: {error.strerror}" if place else error.strerror
+    return f"{what}.\n  {_WAYS_OUT[error.errno]}"
+
+
 def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a `main`: a UserError becomes one message and status 2, an interruption status 75.
 
@@ -62,11 +71,10 @@ def reports_errors(main: Callable[..., None]) -> Callable[..., None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR) from None
         except OSError as error:
-            if error.errno not in _WAYS_OUT:
+            text = way_out(error)
+            if text is None:
                 raise
-            place = error.filename2 or error.filename
-            what = f"{place}: {error.strerror}" if place else error.strerror
-            print(f"error: {what}.\n  {_WAYS_OUT[error.errno]}", file=sys.stderr, flush=True)
+            print(f"error: {text}", file=sys.stderr, flush=True)
             raise SystemExit(USER_ERROR) from None
         except Interrupted as note:
             print(f"interrupted: {note}", file=sys.stderr, flush=True)

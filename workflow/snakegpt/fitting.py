@@ -19,31 +19,36 @@ def largest_that_fits(
 ) -> int:
     """The largest of some micro-batch sizes whose peak stays within a budget; the smallest if none does.
 
-    Memory grows on a straight line with the rows, so a trial of a guess tells where to try next. Every
-    trial of a compiled model is compiled anew, so there are few.
+    Memory grows on a straight line with the rows, so every trial that runs tells which size comes next;
+    after one that runs out of memory it is at most half of it. Few trials, since a compiled model is
+    compiled anew for each, and torch gives up compiling after eight sizes (`recompile_limit`).
 
     peak_bytes   tries a size and returns the most memory held; raises torch.OutOfMemoryError
     sizes        ascending
+    guess        what is tried first, or the size below it
     fixed_bytes  held whatever the size
     """
-
-    def fits(rows: int) -> int | None:
+    fits, too_large, per_row = 0, sizes[-1] + 1, 0.0
+    rows = max((size for size in sizes if size <= guess), default=sizes[0])
+    while True:
         try:
             peak = peak_bytes(rows)
         except torch.OutOfMemoryError:
-            return None
-        return peak if peak <= budget_bytes else None
-
-    up_to_guess = [rows for rows in sizes if rows <= guess] or [sizes[0]]
-    for found in reversed(up_to_guess):
-        peak = fits(found)
-        if peak is not None:
-            break
-    if peak is None or found < up_to_guess[-1]:
-        return found
-    per_row = max(1.0, (peak - fixed_bytes) / found)
-    larger = [r for r in sizes if r > found and fixed_bytes + per_row * r <= budget_bytes]
-    return next((rows for rows in reversed(larger) if fits(rows) is not None), found)
+            too_large = rows
+        else:
+            per_row = max(1.0, (peak - fixed_bytes) / rows)
+            if peak <= budget_bytes:
+                fits = rows
+            else:
+                too_large = rows
+        left = [size for size in sizes if fits < size < too_large]
+        if per_row:
+            left = [size for size in left if fixed_bytes + per_row * size <= budget_bytes]
+        else:
+            left = [size for size in left if size <= rows // 2] or left[:1]
+        if not left:
+            return fits or sizes[0]
+        rows = left[-1]
 
 
 def smaller(rows: int, share: int) -> int | None:

@@ -385,8 +385,9 @@ def choose_kernel(
     On CPU the backward pass of the fused kernel in bfloat16 is slow for short contexts: 7.1 ms against
     1.7 ms written out (12 rows, 4 heads of 32, 64 tokens) and 90 against 54 (16 rows, 6 heads of 64,
     256 tokens); at 1,024 tokens, and in float32, the fused one wins. Measured on Zen 4, torch 2.13.
-    On CUDA torch chooses among the fused ones itself (cuDNN's on an H100: 1.6 ms against FlashAttention
-    2's 2.1 for 64 rows of 1,024 tokens). A document mask would cost them their fast path; flex skips
+    On CUDA torch chooses among the fused ones itself: cuDNN's on Hopper and on data centres' Blackwell
+    (an H100: 1.6 ms against FlashAttention 2's 2.1 for 64 rows of 1,024 tokens), else FlashAttention 2.
+    Nothing is timed at the start of a run: noise would decide its rounding. A document mask would cost them their fast path; flex skips
     what is masked.
     """
     if device == "cuda" and masks_documents:

@@ -318,6 +318,8 @@ class Pipeline:
 
     def _plan_training(self, experiment: str) -> Request:
         chosen = self.settings.experiment(experiment)
+        before = chosen.training.continue_from
+        done = {"steps_done": self.settings.experiment(before).training.steps} if before else {}
         return self._experiment_request(
             "plan_training",
             experiment,
@@ -326,6 +328,7 @@ class Pipeline:
                 "training": _recipe_of(chosen),
                 "machine": machine(),
                 "prices": self.settings.prices,
+                **done,
             },
             inputs={"tokenizer": [_tokenizer_of(chosen)]},
             execution=self._size_of(chosen.corpus),

@@ -5,6 +5,8 @@ The plan and the benchmark ask here as training does, so that what they say is w
 
 from __future__ import annotations
 
+import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from snakegpt import distributed
 from snakegpt.errors import UserError
 from snakegpt.losses import LossKernel, choose_loss
 from snakegpt.model import AttentionKernel, Shape, choose_kernel, padded_vocabulary
-from snakegpt.settings import Execution, Model, Training
+from snakegpt.settings import Execution, Model, Training, order_problem
 
 
 def shape_of(model: Model, n_vocab: int) -> Shape:
@@ -30,6 +32,37 @@ def shape_of(model: Model, n_vocab: int) -> Shape:
         tied=model.tie_embeddings is not False,
         softcap=model.logit_softcap,
     )
+
+
+def in_one_order(execution: Execution, rows: int) -> Execution:
+    """What `deterministic` means for the other execution settings; without it they stay as they are.
+
+    No number of ranks may change a bit, so all micro-batches are of one size. A step is cut into as many
+    as its rows and 64 have in common, so that every power of two of ranks up to that can share them.
+
+    rows     of a step
+    raises   UserError for a strategy or a micro-batch that does not go with it
+    """
+    if not execution.deterministic:
+        return execution
+    if problem := order_problem(execution):
+        raise UserError(problem)
+    # cuBLAS adds up in one order only with a workspace of its own, which it reads here.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    chosen = execution.rows_per_rank
+    size = rows // math.gcd(rows, 64) if chosen == "auto" else chosen
+    if rows % size:
+        raise UserError(
+            f"execution.rows_per_rank = {size} does not divide the {rows:,} rows of a step.\n"
+            "  set it to one of their divisors, or to auto"
+        )
+    return execution.model_copy(update={"rows_per_rank": size, "strategy": "ddp"})
+
+
+def threads_of_rank(execution: Execution, threads: int, local_ranks: int) -> int:
+    """CPU threads of one of a machine's ranks."""
+    # Another number of threads adds up matrix products in another order.
+    return 1 if execution.deterministic else max(1, threads // local_ranks)
 
 
 class Passes(NamedTuple):
@@ -66,6 +99,11 @@ def choose_passes(
     if kernel == "flex" and shape.dropout:
         raise UserError(
             "flex attention draws no dropout: set model.dropout = 0, or execution.attention = sdpa."
+        )
+    if loss == "chunked" and dtype == torch.float16:
+        raise UserError(
+            "execution.cross_entropy = chunked does not go with float16: it makes gradients before they"
+            " are scaled, and small ones would vanish.\n  set it to auto or plain"
         )
     if loss == "auto":
         loss = choose_loss(shape.vocabulary, micro_rows * shape.context, dtype)

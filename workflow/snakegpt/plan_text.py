@@ -17,8 +17,9 @@ DRAWN = 44  # columns
 def table(plan: Mapping[str, Any]) -> list[str]:
     """The plan as lines of at most 80 columns: what, how much, how it is made up."""
     memory, disk, assumed = plan["memory_bytes"], plan["disk_bytes"], plan["assumptions"]
+    nodes = f" on {plan['nodes']} nodes" if plan["nodes"] > 1 else ""
     batch = (
-        f"{plan['ranks']} ranks x {plan['rows_per_rank']} rows x {plan['accumulation']} accumulated"
+        f"{plan['ranks']} ranks{nodes} x {plan['rows_per_rank']} rows x {plan['accumulation']} accumulated"
         if plan["ranks"] > 1
         else f"{plan['rows_per_rank']} rows x {plan['accumulation']} accumulated, one process"
     )
@@ -34,7 +35,7 @@ def table(plan: Mapping[str, Any]) -> list[str]:
             f" vocabulary {plan['n_vocab_padded']:,}",
         ),
         ("batch", f"{plan['batch_tokens']:,} tokens", batch),
-        ("steps", f"{plan['steps']:,}", f"{quantity(plan['tokens'])} tokens in all"),
+        ("steps", f"{plan['steps']:,}", _tokens(plan)),
         ("learning rate", _peak(plan["learning_rates"]), drawn(plan["learning_rates"])),
         (
             "corpus",
@@ -107,6 +108,13 @@ def gpu_table(plan: Mapping[str, Any]) -> list[str]:
     return [f"  elsewhere, at {share:.0%} of the datasheets' peak (assumed):", *made]
 
 
+def _tokens(plan: Mapping[str, Any]) -> str:
+    tokens = quantity(plan["tokens"])
+    if not plan["steps_done"]:
+        return f"{tokens} tokens in all"
+    return f"{tokens} tokens, {plan['steps_done']:,} steps are done"
+
+
 def _peak(curve: Sequence[Sequence[float]]) -> str:
     return f"{max(rate for _, rate in curve):.3g} at peak"
 
@@ -131,7 +139,7 @@ def warnings(plan: Mapping[str, Any]) -> list[str]:
     """What may go wrong, one line each."""
     found = []
     # Ranks on CPU share the machine's memory; each GPU has its own.
-    sharing = plan["ranks"] if plan["device"] == "cpu" else 1
+    sharing = plan["ranks"] // plan["nodes"] if plan["device"] == "cpu" else 1
     memory = plan["memory_bytes"]["total"] * sharing
     if memory > plan["available_memory_bytes"]:
         found.append(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from snakegpt.distributed import Strategy, gpu_micro_batches
+from snakegpt.distributed import Strategy, gpu_micro_batches, slices_that_fit
 from snakegpt.errors import UserError
 from snakegpt.gpus import GPUS, Gpu
 from snakegpt.losses import LossKernel, choose_loss, chunk_logits
@@ -62,6 +62,8 @@ class Placement:
     accumulation   micro-batches of one rank a step: batch = ranks x rows_per_rank x accumulation rows
     threads        of one rank
     attention      kernel: sdpa, math or flex
+    nodes          machines that the ranks are on, as many on each
+    slices         ranks that fsdp slices everything among; None: all
     """
 
     device: str
@@ -74,6 +76,8 @@ class Placement:
     strategy: Strategy = "ddp"
     loss: LossKernel = "plain"
     activation_checkpointing: bool = False
+    nodes: int = 1
+    slices: int | None = None
 
 
 # ---- what a run holds and writes --------------------------------------------------------------
@@ -84,20 +88,20 @@ def memory_bytes(shape: Shape, placement: Placement, optimizer: str = "adamw") -
 
     That is less than the sum where gradients come only as activations go: in the one micro-batch of a
     step of one rank. Weights, gradients and moments are float32 in every strategy; zero1 shares out the
-    moments, fsdp all three, and holds two blocks and the embeddings whole.
+    moments, fsdp all three among `slices` ranks, and holds two blocks and the embeddings whole.
     """
     N, R, C = n_parameters(shape), placement.ranks, shape.channels
     block = 12 * C * C
     embeddings = N - n_parameters(shape, embeddings=False)
     moments = 8 * N if optimizer == "adamw" else 8 * N - 4 * shape.layers * block
-    shards = placement.strategy == "fsdp"
+    shards, slices = placement.strategy == "fsdp", placement.slices or R
     half = placement.precision != "float32"
     n_tokens = placement.rows_per_rank * shape.context
     memory = {
-        "weights": 4 * N // (R if shards else 1),
+        "weights": 4 * N // (slices if shards else 1),
         "gathered": 4 * (embeddings + 2 * block) if shards else 0,
-        "gradients": 4 * N // (R if shards else 1),
-        "optimizer": moments // (R if placement.strategy != "ddp" else 1),
+        "gradients": 4 * N // (slices if shards else 1),
+        "optimizer": moments // {"ddp": 1, "zero1": R, "fsdp": slices}[placement.strategy],
         "half_precision_weights": 2 * N if half else 0,  # autocast keeps a copy during a pass
         "activations": round(n_tokens * _activation_bytes(shape, placement)),
         "logits": _logits_bytes(shape, placement, n_tokens),
@@ -181,6 +185,8 @@ def fitting(
     room = USABLE * memory_gib * 2**30
     share = rows // ranks
     strategies: tuple[Strategy, ...] = ("ddp", "zero1", "fsdp") if ranks > 1 else ("ddp",)
+    a_node, bytes_of_gpu = min(ranks, GPUS_A_NODE), memory_gib * 2**30
+    slices = slices_that_fit(n_parameters(shape), ranks, a_node, bytes_of_gpu)
     for twice in (False, True):
         for strategy in strategies:
             for micro_rows in reversed(gpu_micro_batches(share, shape.context)):
@@ -196,6 +202,8 @@ def fitting(
                     strategy=strategy,
                     loss=choose_loss(shape.vocabulary, micro_rows * shape.context, dtype),
                     activation_checkpointing=twice,
+                    nodes=ranks // a_node,
+                    slices=slices,
                 )
                 need = memory_bytes(shape, placement, training.optimizer)["total"]
                 if need <= room:
@@ -204,19 +212,21 @@ def fitting(
 
 
 def on_gpus(
-    shape: Shape, training: Training, prices: Mapping[str, float]
+    shape: Shape, training: Training, prices: Mapping[str, float], steps_done: int = 0
 ) -> Iterator[dict[str, Any]]:
     """The run on one GPU and on a node of eight, for every GPU in the table.
 
-    prices  of an hour of one GPU, by name, as the settings give them; without one there is no cost
+    prices      of an hour of one GPU, by name, as the settings give them; without one there is no cost
+    steps_done  by the run that this one continues
     """
+    tokens = training.batch_tokens * (training.steps - steps_done)
     for gpu in GPUS:
         for n in (1, GPUS_A_NODE):
-            yield _on_gpu(gpu, n, shape, training, prices.get(gpu.name))
+            yield _on_gpu(gpu, n, shape, training, tokens, prices.get(gpu.name))
 
 
 def _on_gpu(
-    gpu: Gpu, n: int, shape: Shape, training: Training, price: float | None
+    gpu: Gpu, n: int, shape: Shape, training: Training, tokens: int, price: float | None
 ) -> dict[str, Any]:
     precision = "bfloat16" if gpu.bfloat16 else "float16"
     row: dict[str, Any] = {"gpu": gpu.name, "gpus": n, "precision": precision}
@@ -232,7 +242,7 @@ def _on_gpu(
     # Activations computed twice: a forward pass more, which is a third of the rest.
     flops = flops_per_token(shape) * (4 / 3 if placement.activation_checkpointing else 1)
     rate = EFFICIENCY["cuda"] * peak * n / flops
-    time_s = training.batch_tokens * training.steps / rate
+    time_s = tokens / rate
     return {
         **row,
         "fits": True,
@@ -290,14 +300,17 @@ def plan(
     calibration: Mapping[str, Any] | None = None,
     prices: Mapping[str, float] | None = None,
     keep_states: int = 2,
+    steps_done: int = 0,
 ) -> dict[str, Any]:
     """Everything that can be said about a run beforehand, as `plan.json` holds it.
 
     corpus_bytes         raw bytes of the corpus; None while it is not locked
     matmul_flops_per_s   measured rate of the devices of all ranks together
     calibration          what `snakegpt.calibration` measured; None leaves an efficiency to be assumed
+    steps_done           by the run that this one continues
     """
-    tokens = training.batch_tokens * training.steps
+    ahead = training.steps - steps_done
+    tokens = training.batch_tokens * ahead
     bytes_per_token = BYTES_PER_TOKEN.get(tokenizer_kind, 4.0)
     corpus_tokens = None if corpus_bytes is None else round(corpus_bytes / bytes_per_token)
     flops = flops_per_token(shape)
@@ -305,7 +318,8 @@ def plan(
     if corpus_tokens is not None:
         limits.append(round(corpus_tokens * validation_fraction))
     per_validation = min((limit for limit in limits if limit is not None), default=0)
-    validated = math.ceil(training.steps / training.validation_interval) * per_validation
+    validations = math.ceil(training.steps / training.validation_interval)
+    validated = (validations - steps_done // training.validation_interval) * per_validation
     efficiency = EFFICIENCY.get(placement.device, EFFICIENCY["cpu"])
     rate = efficiency * matmul_flops_per_s / flops
     if calibration is not None:
@@ -322,6 +336,7 @@ def plan(
         "total_flops": flops * tokens,
         "batch_tokens": training.batch_tokens,
         "steps": training.steps,
+        "steps_done": steps_done,
         "tokens": tokens,
         "corpus_bytes": corpus_bytes,
         "corpus_tokens_estimate": corpus_tokens,
@@ -334,7 +349,7 @@ def plan(
         # Forward passes only: a third of the arithmetic.
         "validation_time_estimate_s": validated / 3 / rate,
         "learning_rates": learning_rates(training),
-        "gpus": list(on_gpus(shape, training, prices or {})),
+        "gpus": list(on_gpus(shape, training, prices or {}, steps_done)),
         "verdict": verdict(shape, training),
         "assumptions": {
             "bytes_per_token": bytes_per_token,

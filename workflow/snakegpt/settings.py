@@ -450,6 +450,16 @@ def exchange_problem(training: Training, strategy: str, *, deterministic: bool) 
     )
 
 
+def order_problem(execution: Execution) -> str | None:
+    """Why ranks that share a step in this way cannot sum in one order; None if they can or need not."""
+    if not execution.deterministic or execution.strategy in ("auto", "ddp"):
+        return None
+    return (
+        f"execution.deterministic goes with strategy ddp alone, not with {execution.strategy}.\n"
+        "  set execution.strategy to ddp or auto, or deterministic to false"
+    )
+
+
 class Evaluation(Closed):
     """What evaluate_model measures."""
 
@@ -798,6 +808,14 @@ def _conflicts(settings: Settings, name: str) -> list[str]:
     how = experiment.execution
     if problem := exchange_problem(training, how.strategy, deterministic=how.deterministic):
         problems.append(f"{where}: {problem}")
+    if problem := order_problem(how):
+        problems.append(f"{where}: {problem}")
+    if training.skip_spikes_above is not None and training.spike_window >= training.steps:
+        problems.append(
+            f"{where}.training.skip_spikes_above = {training.skip_spikes_above:g} would find nothing:"
+            f" spike_window = {training.spike_window:,} losses are not complete before the last of"
+            f" {training.steps:,} steps. Set spike_window to a tenth of the steps or so."
+        )
     end = training.decay_end
     if training.warmup_steps > end:
         problems.append(

@@ -5,7 +5,8 @@
     zero1    as ddp, but each rank keeps the moments of a part of the parameters, moves that part and
              sends it to the others (Rajbhandari et al. 2020, stage 1)
     fsdp     every rank holds a slice of everything and gathers a block's weights when it comes to it
-             (torch's fully_shard); on several nodes sliced inside a node and repeated over the nodes
+             (torch's fully_shard); on several nodes sliced inside a node and repeated over the nodes, or
+             sliced over all of them where one does not hold it
     ordered  as ddp, but gradients are summed in one order whatever the number of ranks
 
 All compute the same sums. They differ in rounding alone, and `ordered` not even in that. Weights stay
@@ -24,9 +25,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from snakegpt.distributed import Group, Strategy
+from snakegpt.distributed import Group, Strategy, choose_slices
 from snakegpt.errors import UserError
-from snakegpt.model import GPT
+from snakegpt.model import GPT, n_parameters
 from snakegpt.optimizer import Muon, clip_gradients, make_optimizers
 from snakegpt.settings import Training, exchange_problem
 
@@ -221,13 +222,18 @@ class FullyShardedDataParallel(Alone):
     def _mesh(self) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
-        device = next(self.model.parameters()).device.type
-        ranks, inside = self.group.ranks, self.group.local_ranks
-        if ranks == inside:
+        device, ranks = next(self.model.parameters()).device.type, self.group.ranks
+        slices = choose_slices(
+            n_parameters(self.model.shape),
+            ranks=ranks,
+            local_ranks=self.group.local_ranks,
+            device=device,
+        )
+        slices = -self.group.least(-slices)  # GPUs of one kind may differ by some bytes
+        if slices == ranks:
             return init_device_mesh(device, (ranks,))
-        # The links inside a node are the fast ones: weights are gathered there alone.
         return init_device_mesh(
-            device, (ranks // inside, inside), mesh_dim_names=("replicate", "shard")
+            device, (ranks // slices, slices), mesh_dim_names=("replicate", "shard")
         )
 
     def exchanging(self, last: bool) -> contextlib.AbstractContextManager[None]:

@@ -63,14 +63,17 @@ class Trainer:
         inputs: Mapping[str, Any] | None = None,
         before: Finished | Start | None = None,
         started_from: str | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """
         inputs        digests of what is trained on, which a saved state must share
         before        a run to go on from, or weights to start from; None: new weights
         started_from  what people call it
+        watchdog      told of each step
         """
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
         self.fingerprint, self.before = tokenizer_fingerprint, before
+        self.watchdog = watchdog or Watchdog(None)
         self.started_from = before and {
             "name": started_from,
             "sha256": before.note["weights_sha256"],
@@ -83,8 +86,19 @@ class Trainer:
             "continued": before.note if before else None,
         }
         self.states = StateFolder(state_folder, launch.label, group, run, kept=launch.keep_states)
+        # Looked for first: to make the network ready may take minutes.
+        self.saved = self.states.newest()
+        if group.leads and self.saved is None:
+            self.states.require_space(n_parameters(shape))
         self.updates = Updates(
-            shape, recipe, train, validation, self._with_what_fitted(), group, end_of_text
+            shape,
+            recipe,
+            train,
+            validation,
+            self._with_what_fitted(),
+            group,
+            end_of_text,
+            beat=self.watchdog.beat,
         )
         self.step = 0  # updates done, or skipped
         self.skipped_batches = 0  # of the order, where training went back
@@ -96,26 +110,23 @@ class Trainer:
 
     # ---- the loop ----
 
-    def run(self, out: Path, watchdog: Watchdog | None = None) -> None:
+    def run(self, out: Path) -> None:
         """Train to the last step and write weights, best weights, optimiser and metrics to `out`.
 
-        watchdog  that is told of each step
         raises  Interrupted after a stop signal, with the state saved; StartAgain if a micro-batch did not
                 fit on one of several ranks; UserError if training diverges
         """
         stop = StopRequest()
-        saved = self.states.newest()
+        saved = self.saved
         if saved is None and isinstance(self.before, Finished):
             self._continue(self.before)
         if saved is None and isinstance(self.before, Start):
             self._start(self.before)
         if self.group.leads:
-            if saved is None:
-                self.states.require_space(n_parameters(self.shape))
             self.states.drop_after(saved.step if saved else -1)  # damaged ones
         while True:
             try:
-                self._train(saved, stop, watchdog or Watchdog(None), out)
+                self._train(saved, stop, out)
                 return
             except Unstable as reason:
                 saved = self._go_back(str(reason))
@@ -126,7 +137,7 @@ class Trainer:
                 if self.metrics:
                     self.metrics.close()
 
-    def _train(self, saved: Saved | None, stop: StopRequest, watchdog: Watchdog, out: Path) -> None:
+    def _train(self, saved: Saved | None, stop: StopRequest, out: Path) -> None:
         if saved:
             self._resume(saved)
         updates = self.updates
@@ -135,7 +146,7 @@ class Trainer:
         if metrics:
             self._describe(metrics, saved)
         if saved is None and isinstance(self.before, Start):
-            val_loss = updates.validate(watchdog.beat)  # what training is to improve on
+            val_loss = updates.validate(self.watchdog.beat)  # what training is to improve on
             if metrics:
                 metrics.validated(0, val_loss)
         recipe, label = self.recipe, self.launch.label
@@ -150,7 +161,7 @@ class Trainer:
             logs = last or self.step % every == 0
             mean_loss = float(updates.mean_loss()) if logs else math.nan  # waits for the device
             self.busy_s += time.monotonic() - started
-            watchdog.beat(f"step {self.step}")
+            self.watchdog.beat(f"step {self.step}")
             validates = last or self.step % recipe.validation_interval == 0
             good = False
             if logs or validates or self.step == 1:
@@ -166,7 +177,7 @@ class Trainer:
             if logs or validates or self.step == 1:
                 self._require_steady()
             if validates:
-                val_loss = updates.validate(watchdog.beat)
+                val_loss = updates.validate(self.watchdog.beat)
                 if not math.isfinite(val_loss):
                     raise Unstable(f"the validation loss is {val_loss}")
                 self._keep_if_best(val_loss)
@@ -183,10 +194,12 @@ class Trainer:
                 self.states.wait()
                 raise Interrupted(f"{label} saved its state at step {self.step:,}")
         self.states.wait()
+        self.watchdog.beat("the last step and its state")  # large files take a slow disk minutes
         whole = updates.strategy.whole_model()
         if metrics and whole:
             self._finish(metrics)
             save_weights(out / "weights.safetensors", whole, self.fingerprint)
+            self.watchdog.beat("writing the weights")
             shutil.copyfile(self.states.best_weights(self.best_step), out / "best.safetensors")
             shutil.copyfile(self.states.metrics, out / "metrics.jsonl")
             leave(out, self.states.at(self.step), recipe, self.fingerprint)
@@ -257,6 +270,8 @@ class Trainer:
         if rows > self.launch.micro_rows or share // self.group.ranks % rows:
             return self.launch  # of another number of ranks
         twice = fitted["activation_checkpointing"] or self.launch.activation_checkpointing
+        if self.group.leads:
+            say(f"{self.launch.label}  {rows} rows at once, as an attempt before this one found")
         changes = {"micro_rows": rows, "probed": False, "activation_checkpointing": twice}
         return Launch(**{**self.launch.__dict__, **changes})
 
@@ -333,13 +348,12 @@ class Trainer:
     # ---- what is said ----
 
     def _finish(self, metrics: Recorder) -> None:
+        steps = self.step - (self.before.note["step"] if self.before else 0)
         metrics.write(
             "end",
             step=self.step,
             elapsed_s=round(self.busy_s, 3),
-            rate_tokens_per_s=round(
-                self.step * self.recipe.batch_tokens / max(self.busy_s, 1e-9), 1
-            ),
+            rate_tokens_per_s=round(steps * self.recipe.batch_tokens / max(self.busy_s, 1e-9), 1),
             peak_memory_bytes=peak_memory_bytes(self.launch.device),
             best_step=self.best_step,
             best_loss=self.best_loss,

@@ -144,20 +144,31 @@ class StateFolder:
                 process_group=self._gloo,
                 no_dist=self._gloo is None,
             )
-        except CheckpointException as failure:  # of any rank: what people can mend is in it
+            if self.group.leads:
+                self._give_name(aside, final, note)
+        except BaseException as failure:
+            if self.group.leads:
+                remove(aside)  # half a state, of which a full disk has no use
+            if not isinstance(failure, CheckpointException):
+                raise
+            # Of any rank: what people can mend is in it.
             errors = [error for error, _ in failure.failures.values()]
             raise next((e for e in errors if isinstance(e, OSError)), failure) from None
-        if not self.group.leads:
-            return
+        if self.group.leads:
+            self._prune()
+
+    def _give_name(self, aside: Path, final: Path, note: Mapping[str, Any]) -> None:
+        """Note what a state's files hold and let it be one."""
         files = {
             file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
             for file in sorted(aside.iterdir())
         }
         _write_note(aside, {**note, "run": self.run, "files": files})
         sync(aside)
+        if self.metrics.exists():  # its lines up to this step, which no later run writes again
+            sync(self.metrics)
         aside.rename(final)
         sync(self.folder)
-        self._prune()
 
     def _prune(self) -> None:
         states = sorted(self.folder.glob("state_*"))

@@ -89,6 +89,7 @@ class TooLarge(Exception):
 class Updates:
     """The weights of a run and what moves them, as one rank sees it.
 
+    beat      told of each trial of what fits, for a watchdog
     judge     which updates are not taken
     strategy  what the ranks share
     """
@@ -102,8 +103,10 @@ class Updates:
         launch: Launch,
         group: Group,
         end_of_text: int,
+        *,
+        beat: Callable[[str], None] = lambda what: None,
     ) -> None:
-        self.end_of_text = end_of_text
+        self.end_of_text, self._beat = end_of_text, beat
         self.shape, self.recipe, self.launch, self.group = shape, recipe, launch, group
         self.validation, self.micro_rows = validation, launch.micro_rows
         rows = recipe.batch_tokens // shape.context
@@ -322,8 +325,11 @@ class Updates:
         """A forward and a backward pass of some rows of the first token."""
         ids_BT = torch.zeros(rows, self.shape.context, dtype=torch.int64)
         self.model.train()
-        self._losses(network, ids_BT, ids_BT, "mean").backward()
-        self.model.zero_grad(set_to_none=True)
+        self._beat(f"a trial of {rows} rows")  # compiling a large model takes minutes
+        try:
+            self._losses(network, ids_BT, ids_BT, "mean").backward()
+        finally:
+            self.model.zero_grad(set_to_none=True)
 
     def _compiles(self) -> bool:
         self.model.mean_loss = mean_loss_of_compiled(self.model.loss)
@@ -352,6 +358,9 @@ class Updates:
         sizes = gpu_micro_batches(self.share, self.shape.context)
         mine = largest_that_fits(peak_bytes, sizes, self.micro_rows, budget, held)
         self.micro_rows = self.group.least(mine)
+        # What a trial held is given back, and is no peak of the training's.
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _endless(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

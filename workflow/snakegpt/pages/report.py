@@ -104,20 +104,22 @@ def _lead(evidence: Evidence) -> str:
     train = evidence.tokens["splits"]["train"]
     processes = "one process" if launch["ranks"] == 1 else f"{launch['ranks']} processes"
     epochs = evidence.trained_tokens / max(train["n_tokens"], 1)
+    before = evidence.settings["training"].get("continue_from")
+    begun = (
+        f"continued from {before} up to" if before else f"trained from {_beginning(evidence)} for"
+    )
     return (
-        f"A GPT of {quantity(launch['n_parameters'])} parameters, trained from {_beginning(evidence)} for"
+        f"A GPT of {quantity(launch['n_parameters'])} parameters, {begun}"
         f" {end['step']:,} steps on {evidence.settings['corpus']['name']}: it saw"
-        f" {quantity(evidence.trained_tokens)} tokens, {epochs:.3g} times the training text, in"
-        f" {readable_time(end['elapsed_s'])} on {_machine(evidence)}, in {processes}. On text it never"
-        f" saw, its best weights need {best['bits_per_byte']:.3f} bits for a byte."
+        f" {quantity(evidence.trained_tokens)} tokens, {epochs:.3g} times the training text,"
+        f" {'the new ones ' if before else ''}in {readable_time(end['elapsed_s'])} on"
+        f" {_machine(evidence)}, in {processes}. On text it never saw, its best weights need {best['bits_per_byte']:.3f} bits for a byte."
     )
 
 
 def _beginning(evidence: Evidence) -> str:
     """What the first step of training found."""
     training, start = evidence.settings["training"], evidence.start
-    if training.get("continue_from"):
-        return f"where {training['continue_from']} had ended"
     if start is None:
         return "random weights"
     whose = evidence.settings.get("weights", {})

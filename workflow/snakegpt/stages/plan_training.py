@@ -18,19 +18,20 @@ from typing import Any
 import psutil
 import torch
 
-from snakegpt import distributed, plan_text, planning
+from snakegpt import distributed, launching, plan_text, planning
 from snakegpt.calibration import LEAST_STEPS, calibrate
 from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser, write_json
 from snakegpt.distributed import Group
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.hardware import measure_matmul
+from snakegpt.metrics import require_writers
 from snakegpt.model import Shape, flops_per_token, n_parameters
-from snakegpt.placement import choose_passes, shape_of
+from snakegpt.placement import choose_passes, in_one_order, shape_of, threads_of_rank
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Execution, Model, Training, Validation, model_problems
 from snakegpt.updates import Launch
 
-REVISION = 2  # bump when the bytes of plan.json change by code outside SCIENCE
+REVISION = 3  # bump when the bytes of plan.json change by code outside SCIENCE
 SCIENCE = ("snakegpt.planning", "snakegpt.calibration")
 
 CALIBRATION_LIMIT_S = 20.0
@@ -48,17 +49,20 @@ def plan_training(
     corpus_bytes: int | None,
     validation_fraction: float,
     prices: dict[str, float],
+    steps_done: int = 0,
     arguments: list[str],
 ) -> None:
     """Plan a run on this machine, print the plan and write it to plan.json in `out`.
 
     corpus_bytes  raw size of the corpus; None while it is not locked
     prices        of an hour of one GPU, by its name in the table
+    steps_done    by the run that this one continues
     arguments     this command's own, for the ranks that calibrate together
     raises        UserError if settings and machine do not fit each other, or the disk is too small
     """
     if problems := model_problems(model, "model"):
         raise UserError("\n".join(problems))
+    require_writers(execution.tensorboard, execution.wandb)
     described = read_json(tokenizer, "n_vocab", "kind")
     shape = shape_of(model, described["n_vocab"])
     placement = _place(model, training, execution, shape, threads)
@@ -66,14 +70,14 @@ def plan_training(
     corpus_disk = planning.disk_bytes(shape, corpus_bytes, None, execution.keep_states)
     planning.refuse_what_cannot_fit(corpus_disk, disk.free, disk.total, "this disk")
     needed = planning.memory_bytes(shape, placement, training.optimizer)["total"]
-    together = needed * (placement.ranks if placement.device == "cpu" else 1)
+    here = placement.ranks // placement.nodes
+    together = needed * (here if placement.device == "cpu" else 1)
     calibrates = distributed.is_rank()
     if not calibrates:
         torch.set_num_threads(threads)
         say(f"{label}  measures matrix products on {placement.device}")
         rate = measure_matmul(placement.device, placement.precision)
-        if placement.device == "cuda":
-            rate *= placement.ranks
+        rate *= placement.ranks if placement.device == "cuda" else placement.nodes
         why_not = _why_not_tried(shape, execution, placement, together, available, rate)
         calibrates = why_not is None
         if why_not:
@@ -106,6 +110,7 @@ def plan_training(
             calibration=measured,
             prices=prices,
             keep_states=execution.keep_states,
+            steps_done=steps_done,
         )
         plan |= {"free_disk_bytes": disk.free, "available_memory_bytes": available}
         for line in (label, *plan_text.table(plan)):
@@ -130,8 +135,13 @@ def _place(
             f" and {(max(rows, 1) + 1) * model.context:,}"
         )
     device = distributed.choose_device(execution.device)
-    ranks = distributed.choose_ranks(execution.ranks, device=device, rows=rows, threads=threads)
-    distributed.require_divisor(ranks, rows)
+    execution = in_one_order(execution, rows)
+    shares = rows // int(execution.rows_per_rank) if execution.deterministic else rows
+    nodes = execution.nodes
+    ranks = nodes * launching.choose_ranks_per_node(
+        execution, nodes=nodes, device=device, rows=shares, threads=threads
+    )
+    distributed.require_divisor(ranks, shares)
     share = rows // ranks
     passes = choose_passes(training, execution, shape, device=device, share=share)
     return planning.Placement(
@@ -140,13 +150,17 @@ def _place(
         ranks=ranks,
         rows_per_rank=passes.micro_rows,
         accumulation=share // passes.micro_rows,
-        threads=max(1, threads // ranks),
+        threads=threads_of_rank(execution, threads, ranks // nodes),
         attention=passes.kernel,
         strategy=distributed.choose_strategy(
             execution.strategy, device=device, ranks=ranks, n_parameters=n_parameters(shape)
         ),
         loss=passes.loss,
         activation_checkpointing=execution.activation_checkpointing,
+        nodes=nodes,
+        slices=distributed.choose_slices(
+            n_parameters(shape), ranks=ranks, local_ranks=ranks // nodes, device=device
+        ),
     )
 
 
@@ -161,6 +175,8 @@ def _why_not_tried(
     """Why no steps are tried on this machine; None if they are."""
     if execution.calibration_steps is None:
         return "tries no steps (execution.calibration_steps)"
+    if placement.nodes > 1:
+        return f"tries no steps: they are of {placement.nodes} nodes, and this is one"
     if needed_bytes > available_bytes:
         return f"has no room to try it: {quantity(needed_bytes, 'B')} are needed"
     tokens = placement.ranks * placement.rows_per_rank * shape.context
@@ -180,7 +196,8 @@ def _calibrate(
     label: str,
     matmul_flops_per_s: float,
 ) -> dict[str, Any]:
-    share = training.batch_tokens // shape.context // placement.ranks
+    rows = training.batch_tokens // shape.context
+    execution, share = in_one_order(execution, rows), rows // placement.ranks
     passes = choose_passes(training, execution, shape, device=placement.device, share=share)
     launch = Launch.of(
         label,
@@ -190,6 +207,7 @@ def _calibrate(
         micro_rows=placement.rows_per_rank,
         threads=placement.threads,
         strategy=placement.strategy,
+        deterministic=execution.deterministic,
         activation_checkpointing=placement.activation_checkpointing,
     )
     steps = execution.calibration_steps
@@ -232,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             corpus_bytes=how.extras["corpus_bytes"],
             validation_fraction=how.extras["validation_fraction"] or Validation().fraction,
             prices=args.settings.get("prices") or {},
+            steps_done=args.settings.get("steps_done") or 0,
             arguments=sys.argv[1:] if argv is None else argv,
         )
 

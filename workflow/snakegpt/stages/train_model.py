@@ -17,7 +17,6 @@ given --initial, the weights that adapt_weights has left, a training of its own 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import sys
@@ -33,7 +32,7 @@ from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
 from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
-from snakegpt.placement import choose_passes, shape_of
+from snakegpt.placement import choose_passes, in_one_order, shape_of, threads_of_rank
 from snakegpt.settings import Execution, Model, Training, model_problems, science
 from snakegpt.starting import Start, adapted
 from snakegpt.tokens import open_sets, read_manifest
@@ -99,11 +98,9 @@ def train_model(
             stop_timeout_s=execution.stop_timeout_s,
         )
         return
-    shares = rows  # what ranks can be given
-    if execution.deterministic:
-        micro_rows = in_one_order(execution, rows)
-        shares = rows // micro_rows
-        execution = execution.model_copy(update={"rows_per_rank": micro_rows, "strategy": "ddp"})
+    execution = in_one_order(execution, rows)
+    # What ranks can be given: a step's rows, or its micro-batches where those are all of one size.
+    shares = rows // int(execution.rows_per_rank) if execution.deterministic else rows
     ranks = distributed.world_size()
     if ranks is None:
         nodes = place.nodes if place else 1
@@ -166,12 +163,10 @@ def train_model(
         Watchdog(execution.hang_timeout_s) as watchdog,
         distributed.joined(device, patience_s) as group,
     ):
-        # Another number of threads adds up matrix products in another order.
         one_order = execution.deterministic
-        torch.set_num_threads(1 if one_order else max(1, threads // group.local_ranks))
-        if (
-            one_order
-        ):  # by default not even mentioned: it loads torch's compiler, which takes seconds
+        torch.set_num_threads(threads_of_rank(execution, threads, group.local_ranks))
+        if one_order:
+            # By default not even mentioned: it loads torch's compiler, which takes seconds.
             torch.use_deterministic_algorithms(True)
         share = rows // group.ranks
         passes = choose_passes(training, execution, shape, device=device, share=share)
@@ -207,8 +202,9 @@ def train_model(
             inputs={"tokens": file_digest(tokens)},
             before=before,
             started_from=started_from,
+            watchdog=watchdog,
         )
-        trainer.run(out, watchdog)
+        trainer.run(out)
         if group.leads:
             config = to_config(
                 shape,
@@ -218,29 +214,6 @@ def train_model(
                 model=science(model),
             )
             write_json(out / "config.json", config)
-
-
-def in_one_order(execution: Execution, rows: int) -> int:
-    """Rows of a micro-batch in a run whose bits no number of ranks changes; of one size, therefore.
-
-    A step is cut into as many as its rows and 64 have in common, so that every power of two of ranks
-    up to that can share them.
-
-    raises  UserError for a strategy that adds up otherwise
-    """
-    if execution.strategy not in ("auto", "ddp"):
-        raise UserError(
-            f"execution.deterministic goes with strategy ddp alone, not with {execution.strategy}."
-        )
-    # cuBLAS adds up in one order only with a workspace of its own, which it reads here.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    chosen = execution.rows_per_rank
-    size = rows // math.gcd(rows, 64) if chosen == "auto" else chosen
-    if rows % size:
-        raise UserError(
-            f"execution.rows_per_rank = {size} does not divide the {rows:,} rows of a step."
-        )
-    return size
 
 
 def _continued(args: argparse.Namespace) -> tuple[Path, Path, Path] | None:
