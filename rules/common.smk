@@ -213,11 +213,12 @@ def prepare_slurm():
     """Called before anything runs, not in dry runs: those need no cluster."""
     if workflow.executor_plugin.name != "slurm":
         return
-    from snakegpt.slurm import keep_unanswered_jobs, require_taken
+    from snakegpt.slurm import keep_unanswered_jobs, require_taken, retry_preempted_jobs
 
     jobs = [job for job in workflow.dag.needrun_jobs() if not job.is_local]
     user_error_as_workflow_error(require_taken, jobs, workflow.executor_settings)
     keep_unanswered_jobs()
+    retry_preempted_jobs()
 
 
 def refuse_unknown_targets():

@@ -59,13 +59,19 @@ GresTypes=gpu
 MinJobAge=300
 KillWait=30
 SlurmdTimeout=30
-NodeName=node[1-{n}] NodeAddr=10.77.0.[11-{last}] CPUs=8 RealMemory=64000 Gres=gpu:1 State=UNKNOWN
-PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+NodeName=node[1-{n}] NodeAddr=10.77.0.[11-{last}] CPUs=16 RealMemory=64000 Gres=gpu:1 State=UNKNOWN
+PartitionName=cpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
 
 
 class Slurm(Lab):
-    """Nodes node1 to nodeN, partition cpu, and a login host `ctl` that commands are run on."""
+    """Nodes node1 to nodeN and a login host `ctl` that commands are run on.
+
+    Partitions cpu, and urgent, whose jobs preempt those of cpu.
+    """
 
     def __init__(self, n_nodes: int, folder: Path) -> None:
         super().__init__(n_nodes)
@@ -115,7 +121,8 @@ class Slurm(Lab):
     def wait_for_nodes(self, limit_s: float = 60) -> None:
         """Until all nodes are idle."""
         deadline = time.monotonic() + limit_s
-        while self.command(0, ["sinfo", "-h", "-N", "-o", "%T"]).split() != ["idle"] * self.n_nodes:
+        states = ["sinfo", "-h", "-N", "-p", "cpu", "-o", "%T"]
+        while self.command(0, states).split() != ["idle"] * self.n_nodes:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"nodes are not idle: {self.command(0, ['sinfo', '-N'])}")
             time.sleep(0.1)
@@ -126,6 +133,18 @@ class Slurm(Lab):
         for pid in self.pids(node):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def freeze(self, node: int) -> None:
+        """As when its kernel hangs: nothing on it moves, Slurm's daemons neither, and connections stay."""
+        for pid in self.pids(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+    def thaw(self, node: int) -> None:
+        """Let a frozen node go on; slurmd ends what Slurm gave up meanwhile."""
+        for pid in self.pids(node):
+            os.kill(pid, signal.SIGCONT)
+        self.wait_for_nodes(120)
 
     def bring_back(self, node: int) -> None:
         ip("-n", self.name(0), "link", "set", f"p0-{node}", "up")

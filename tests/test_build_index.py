@@ -19,7 +19,7 @@ def summary(experiment, bits_per_byte, **changes):
     }  # fmt: skip
 
 
-def index(tmp_path, *summaries):
+def index(tmp_path, *summaries, **settings):
     paths = []
     for found in summaries:
         path = tmp_path / found["experiment"] / "summary.json"
@@ -27,6 +27,7 @@ def index(tmp_path, *summaries):
         path.write_text(json.dumps(found), encoding="utf-8")
         paths.append(str(path))
     arguments = ["--summaries", *paths] if paths else []
+    arguments += ["--settings", json.dumps(settings)]
     build_index.main([*arguments, "--out", str(tmp_path / "out")])
     return (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
@@ -40,6 +41,11 @@ def test_every_experiment_has_a_link_and_its_figures_best_first(tmp_path):
     ]
     for figure in ("2.0781", "4.6517", "104.8", "7.25M", "1.23M", "8.62k", "2 min 23 s"):
         assert f">{figure}<" in table
+
+
+def test_what_was_measured_of_the_network_has_a_link(tmp_path):
+    page = index(tmp_path, summary("one", 2.0), summary("two", 2.5), networks=["two"])
+    assert re.findall(r'href="(\.\./[^"]+)"', page) == ["../networks/two/network.html"]
 
 
 def test_names_descriptions_and_samples_are_text(tmp_path):

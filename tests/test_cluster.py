@@ -5,21 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-from slurm_lab import Slurm, clean_environment, missing
+from cluster_project import EXECUTION, ClusterProject
+from slurm_lab import Slurm, missing
 from snakegpt.training_state import newest_step
-from test_workflow import Project
 
 pytestmark = [
     pytest.mark.long,
@@ -28,78 +28,7 @@ pytestmark = [
 ]
 LIMIT_S = 900
 TOKENS = "results/tokens/generated-generated_char/manifest.json"
-# Deterministic, since nodes give their ranks other numbers of threads than a laptop does.
 LOCAL = {"ranks": 2, "device": "cpu", "deterministic": True}
-EXECUTION = {"nodes": 2, "ranks_per_node": 1, "device": "cpu", "deterministic": True}
-# Jobs here last seconds, and the plugin looks 10 s later at them each time: here it does not.
-SNAKEMAKE = """
-from snakemake.cli import main
-from snakemake_executor_plugin_slurm import Executor
-Executor.next_seconds_between_status_checks = property(lambda self: 4, lambda self, value: None)
-main()
-"""
-QUICK = ["--latency-wait", "10"]
-
-
-class ClusterProject(Project):
-    """A project whose Snakemake runs on the login host of a Slurm."""
-
-    def __init__(self, folder: Path, slurm: Slurm) -> None:
-        super().__init__(folder)
-        self.slurm = slurm
-        self.set("experiments.tiny.execution", EXECUTION)
-        self.set("execution.network_test_s", 1)
-
-    def start(self, *targets: str) -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", SNAKEMAKE, "--workflow-profile", "profiles/slurm", *QUICK]
-        words += ["--configfile", "config.yaml", "mine.yaml", "--", *targets]
-        script = f'hostname "$0"; cd {self.folder}; exec "$@"'
-        self.log = (self.folder / f"snakemake-{time.time_ns()}.log").open("w+")
-        environment = {**clean_environment(), "PYTHONPATH": f"{self.folder}/workflow"}
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.slurm.name(0), "unshare", "--uts", "bash", "-c", script,
-             "ctl", *words],
-            stdout=self.log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
-        self.slurm.processes.append(process)
-        return process
-
-    def forget_training(self) -> None:
-        """As if nobody had trained: the next call trains, and does nothing else."""
-        for record in (self.folder / "store/actions").rglob("*.json"):
-            if json.loads(record.read_text())["stage"] == "train_model":
-                record.unlink()
-        for folder in ("store/state", "results/models"):
-            shutil.rmtree(self.folder / folder, ignore_errors=True)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        file = self.folder / "results/models/tiny/metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()]
-
-    def weights(self, folder: str = "results/models/tiny") -> bytes:
-        return (self.folder / folder / "weights.safetensors").read_bytes()
-
-    def words(self) -> str:
-        return Path(self.log.name).read_text()
-
-    def training_log(self) -> str:
-        file = self.folder / "logs/train_model/tiny.log"
-        return file.read_text() if file.exists() else ""
-
-    def wait_until(self, done, process, limit_s: float = 300) -> None:
-        deadline = time.monotonic() + limit_s
-        while not done():
-            assert process.poll() is None, self.words()
-            assert time.monotonic() < deadline, self.words() + self.training_log()
-            time.sleep(0.2)
-
-    def job_of(self, rule: str) -> str:
-        lines = self.slurm.command(0, ["squeue", "-h", "-t", "R", "-o", "%i %k"]).splitlines()
-        return next(line.split()[0] for line in lines if rule in line)
-
-    def said_by(self, job: str) -> str:
-        """All that a job printed; the rule's own log is wiped when it is tried again."""
-        return next((self.folder / ".snakemake/slurm_logs").rglob(f"{job}.log")).read_text()
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +116,41 @@ def requeued(project, job):
     project.slurm.command(0, ["scontrol", "requeue", job])
 
 
+def preempted_and_requeued(project, job):
+    preempt(project, "REQUEUE", 0)
+    ends(project, job, 60)
+    assert re.search("JobState=PENDING .* Restarts=1", shown(project, job), re.DOTALL)
+    assert "saved its state at step" in project.said_by(job)
+
+
+def preempted_and_cancelled(project, job):
+    preempt(project, "CANCEL", 0)
+    ends(project, job, 60)
+    assert "JobState=PREEMPTED" in shown(project, job)
+    assert "saved its state at step" in project.said_by(job)
+
+
+def preempted_with_grace(project, job):
+    """Asked to leave, the job does, and so ends by itself."""
+    preempt(project, "CANCEL", 60)
+    ends(project, job, 60)
+    assert "JobState=FAILED" in shown(project, job)
+    assert "saved its state at step" in project.said_by(job)
+
+
+def preempt(project, mode, grace_s):
+    """A job of a better partition wants one of the training's nodes for some seconds."""
+    how = [f"PreemptMode={mode}", f"GraceTime={grace_s}"]
+    project.slurm.command(0, ["scontrol", "update", "PartitionName=cpu", *how])
+    urgent = ["sbatch", "--partition=urgent", "--exclusive", "--nodelist=node2"]
+    project.slurm.command(0, [*urgent, "--output=/dev/null", "--wrap=sleep 10"])
+
+
 def short_of_time(project, job):
     """Less is left than the profile's --signal wants: Slurm sends it, within the 30 s that it looks in."""
     project.slurm.command(0, ["scontrol", "update", f"job={job}", "TimeLimit=3"])
     ends(project, job, 90)
-    assert "JobState=FAILED" in project.slurm.command(0, ["scontrol", "show", "job", job])
+    assert "JobState=FAILED" in shown(project, job)
     assert "stopped with its state saved" in project.said_by(job)
 
 
@@ -222,12 +181,24 @@ def first_node_lost(project, job):
     project.slurm.lose_node(1)
 
 
+def node_frozen(project, job):
+    """All of a node stands still, Slurm's daemons too; Slurm gives it up after its SlurmdTimeout, 30 s here."""
+    project.slurm.freeze(2)
+    ends(project, job, 120)
+    assert "node2" in project.said_by(job)
+    assert "node2" in project.slurm.command(0, ["sinfo", "-h", "-t", "down", "-o", "%N"])
+
+
 HANG = {"hang_timeout_s": 30, "stop_timeout_s": 5}
+
+
+def shown(project, job):
+    return project.slurm.command(0, ["scontrol", "show", "job", job])
 
 
 def ends(project, job, limit_s):
     deadline = time.monotonic() + limit_s
-    while project.slurm.command(0, ["squeue", "-h", "-j", job, "-t", "R,CG"]):
+    while project.slurm.command(0, ["squeue", "-h", "-j", job, "-t", "R,CG,SI"]):
         assert time.monotonic() < deadline, project.said_by(job)
         time.sleep(0.5)
 
@@ -241,36 +212,100 @@ def variable(process: int, name: str) -> str | None:
     return dict(pair.partition("=")[::2] for pair in text.split("\0")).get(name)
 
 
-@pytest.mark.parametrize(
-    ("way", "lost"),
-    [
-        (cancelled, None),
-        (requeued, None),
-        (short_of_time, None),
-        (rank_killed, None),
-        (node_hangs, None),
-        (node_lost, 2),
-        (first_node_lost, 1),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_an_interrupted_training_goes_on_and_ends_alike(locked, undisturbed, way, lost):
-    slurm = locked.slurm
-    locked.forget_training()
+@contextlib.contextmanager
+def on_its_way(project, *, hooks="", bit_per_s=1e6):
+    """A training that has saved a state, whose steps wait for the wire meanwhile; yields its job.
+
+    After that Snakemake brings it to its end, or fails.
+    """
+    project.forget_training()
+    project.slurm.shape(2, "eth0", bit_per_s)
+    process = project.start("train_tiny", hooks=hooks)
+    states = project.folder / "store/state"
+    try:
+        project.wait_until(lambda: any(map(newest_step, states.glob("*"))), process)
+        yield project.jobs_of("train_model")[0]
+    finally:
+        project.slurm.unshape(2, "eth0")
+    assert process.wait(LIMIT_S) == 0, project.words() + project.training_log()
+
+
+WAYS = {
+    cancelled: None,
+    requeued: None,
+    preempted_and_requeued: None,
+    preempted_and_cancelled: None,
+    preempted_with_grace: None,
+    short_of_time: None,
+    rank_killed: None,
+    node_hangs: None,
+    node_frozen: lambda slurm: slurm.thaw(2),
+    node_lost: lambda slurm: slurm.bring_back(2),
+    first_node_lost: lambda slurm: slurm.bring_back(1),
+}
+
+
+@pytest.mark.parametrize(("way", "mended"), WAYS.items(), ids=[way.__name__ for way in WAYS])
+def test_an_interrupted_training_goes_on_and_ends_alike(locked, undisturbed, way, mended):
     locked.set("experiments.tiny.execution", EXECUTION | (HANG if way is node_hangs else {}))
-    slurm.shape(2, "eth0", 1e6)  # steps wait for the wire, until the training has been met
+    with on_its_way(locked) as job:
+        way(locked, job)
+    assert any(line["event"] == "resume" for line in locked.metrics()), locked.training_log()
+    assert locked.weights() == undisturbed
+    if mended:
+        mended(locked.slurm)
+
+
+# For a rank: as one that is busy elsewhere, in a driver or a filesystem that does not answer.
+DEAF = """
+import os, signal
+if "RANK" in os.environ:
+    handle = signal.signal
+    deaf = (signal.SIGTERM, signal.SIGUSR1)
+    signal.signal = lambda n, what: handle(n, signal.SIG_IGN if n in deaf else what)
+"""
+
+
+def test_what_does_not_leave_at_its_limit_is_killed_and_loses_what_it_did_since_it_saved(
+    locked, undisturbed
+):
+    """Slurm asks, again at the limit, and kills KillWait (30 s) later."""
+    locked.set("experiments.tiny.execution", EXECUTION)
+    with on_its_way(locked, hooks=DEAF, bit_per_s=2e5) as job:
+        locked.slurm.command(0, ["scontrol", "update", f"job={job}", "TimeLimit=1"])
+        ends(locked, job, 180)
+        assert "JobState=TIMEOUT" in shown(locked, job)
+        assert "stopped with its state saved" not in locked.said_by(job)
+        reached = [line for line in locked.state_metrics() if line["event"] == "train"]
+    (resume,) = (line for line in locked.metrics() if line["event"] == "resume")
+    elapsed_s = {line["step"]: line["elapsed_s"] for line in reached}
+    longest_s = max(b - a for a, b in pairwise(elapsed_s.values()))
+    lost_s = elapsed_s[reached[-1]["step"]] - elapsed_s[resume["step"]]
+    # A save is due with the step that ends after save_interval_s (1), and takes its time beside the next.
+    assert lost_s <= 1 + 3 * longest_s
+    assert locked.weights() == undisturbed
+
+
+def test_a_second_snakemake_puts_no_second_trainer_on_a_state(locked, undisturbed):
+    """The first one is killed, its job goes on, and the second one submits another."""
+    locked.set("experiments.tiny.execution", EXECUTION)
+    locked.forget_training()
+    locked.slurm.shape(2, "eth0", 1e6)
     process = locked.start("train_tiny")
     states = locked.folder / "store/state"
     try:
         locked.wait_until(lambda: any(map(newest_step, states.glob("*"))), process)
-        way(locked, locked.job_of("train_model"))
+        os.killpg(process.pid, signal.SIGKILL)
+        second = locked.start("train_tiny")
+        locked.wait_until(lambda: len(locked.jobs_of("train_model")) == 2, second)
+        job = locked.jobs_of("train_model")[1]
+        locked.wait_until(lambda: "waits for another run of it" in locked.said_by(job), second)
     finally:
-        slurm.unshape(2, "eth0")
-    assert process.wait(LIMIT_S) == 0, locked.words() + locked.training_log()
-    assert any(line["event"] == "resume" for line in locked.metrics()), locked.training_log()
+        locked.slurm.unshape(2, "eth0")
+    assert second.wait(LIMIT_S) == 0, locked.words() + locked.training_log()
+    assert not any(line["event"] == "resume" for line in locked.metrics())
+    assert "found in the store" in locked.training_log()
     assert locked.weights() == undisturbed
-    if lost:
-        slurm.bring_back(lost)
 
 
 # ---- what is refused -------------------------------------------------------------------------
@@ -293,7 +328,7 @@ def test_more_gpus_than_a_node_has_are_refused_before_anything_runs(locked):
     )
     assert "Slurm refuses jobs of rule train_model: allocation failure" in said
     assert "--gres=gpu:8" in said
-    assert "cpu* 3 x 8 CPUs, 64000 MB, gpu:1" in said
+    assert "cpu* 3 x 16 CPUs, 64000 MB, gpu:1" in said
 
 
 def test_a_partition_that_does_not_exist_is_named_before_anything_runs(locked):

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from snakegpt import launching
@@ -103,6 +104,25 @@ def test_nodes_that_people_start_by_hand_train_alike(tmp_path, monkeypatch):
         end.stderr for end in ends.values()
     ]
     assert (tmp_path / "hand/weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("present", "told"),
+    [
+        (0, "no answer from node 1 within 2 s"),
+        (1, "nothing listens at 127.0.0.1:{port}: node 0 is not there yet"),
+    ],
+)
+def test_a_node_that_never_comes_is_named_in_bounded_time(tmp_path, present, told):
+    manifest = tokens(tmp_path / "tokens")
+    port = free_port()
+    place = {"SNAKEGPT_NODE": f"{present}/2", "SNAKEGPT_RENDEZVOUS": f"127.0.0.1:{port}"}
+    started = time.monotonic()
+    done = finish(training(manifest, tmp_path / "alone", hang_timeout_s=2), place)
+    assert time.monotonic() - started < 60  # two of them waiting, the rest imports
+    assert done.returncode == 2
+    assert told.format(port=port) in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_first_failure_of_any_node_is_told_once(slurm, tmp_path):

@@ -10,9 +10,10 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import snakemake_executor_plugin_slurm
 from snakegpt import slurm
 from snakegpt.errors import UserError
-from snakegpt.slurm import keep_unanswered_jobs, require_taken
+from snakegpt.slurm import keep_unanswered_jobs, require_taken, retry_preempted_jobs
 from snakemake_executor_plugin_slurm import Executor
 
 
@@ -119,3 +120,35 @@ def test_jobs_that_slurm_said_nothing_of_are_kept(monkeypatch, answers, kept):
         return [job async for job in Executor.check_active_jobs(executor, ["a", "b"])]
 
     assert asyncio.run(left()) == kept
+
+
+@pytest.mark.parametrize(
+    ("command", "state"), [("squeue --states=all", "CANCELLED"), ("sacct -X", "PREEMPTED")]
+)
+def test_a_job_that_was_preempted_for_good_counts_as_cancelled_and_is_told_once(
+    monkeypatch, capsys, command, state
+):
+    """sacct says PREEMPTED of a job that is requeued, too."""
+
+    async def query(command, logger):
+        return {"7": "PREEMPTED", "8": "RUNNING"}, 0.1
+
+    monkeypatch.setattr(snakemake_executor_plugin_slurm, "query_job_status", query)
+    retry_preempted_jobs()
+    for _ in range(2):
+        asked = snakemake_executor_plugin_slurm.query_job_status(command, None)
+        assert asyncio.run(asked) == ({"7": state, "8": "RUNNING"}, 0.1)
+    said = capsys.readouterr().err
+    assert said.count("Slurm preempted job 7") == (state == "CANCELLED")
+
+
+def test_a_question_that_failed_stays_unanswered(monkeypatch):
+    async def query(command, logger):
+        return None, None
+
+    monkeypatch.setattr(snakemake_executor_plugin_slurm, "query_job_status", query)
+    retry_preempted_jobs()
+    assert asyncio.run(snakemake_executor_plugin_slurm.query_job_status("squeue", None)) == (
+        None,
+        None,
+    )

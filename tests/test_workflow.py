@@ -274,6 +274,21 @@ def test_one_changed_text_is_noticed_and_named(project):
     assert not project.run("results/corpora/generated/corpus.json").ran
 
 
+def test_a_page_of_the_network_makes_the_index_lead_to_it_and_nothing_else_anew(project):
+    page = project.folder / "results/networks/tiny/network.html"
+    page.write_text("as `snakemake scaling_tiny` leaves it")
+    link = "../networks/tiny/network.html"
+    try:
+        measured = project.run()
+        assert measured.ran == {"build_index"}
+        assert link in (project.folder / "results/reports/index.html").read_text(encoding="utf-8")
+        assert project.run().idle
+    finally:
+        page.unlink()
+    assert not project.run().ran  # the index without it is found in the store
+    assert link not in (project.folder / "results/reports/index.html").read_text(encoding="utf-8")
+
+
 def test_why_says_that_nothing_differs(project):
     assert "is up to date" in project.why("results/models/tiny/weights.safetensors")
 

@@ -59,6 +59,7 @@ SHARED_OUTCOME = (
 FIRST_PORT, PORTS, PORTS_PER_JOB = 20_000, 12_000, 20
 # What a node may take, beyond the time to save, to end after another one has.
 MARGIN_S = 60
+START_TIMEOUT_S = 900.0  # torchrun's own
 # Of a job's ports: the first is the nodes' own meeting, then come torchrun's, then those of measurements.
 MEASURING_PORT = 10
 
@@ -251,7 +252,7 @@ def run_ranks(
     logs: Path | None = None,
     share_outcome: bool = False,
     stop_timeout_s: float = SAVE_TIMEOUT_S,
-    start_timeout_s: float | None = None,
+    start_timeout_s: float = START_TIMEOUT_S,
 ) -> Outcome:
     """Run `python -m module *arguments` once a rank of this node, together with those of the others.
 
@@ -262,7 +263,7 @@ def run_ranks(
     logs            folder for what the ranks but 0 print, which prints here; None: they are not kept
     share_outcome   leave how the ranks ended to the one who called all nodes, if there is one
     stop_timeout_s  between the signal that asks ranks to save and leave, and SIGKILL
-    start_timeout_s that nodes wait for one that does not come; None: as torchrun does, 15 minutes
+    start_timeout_s that nodes wait for one that does not come
     """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -289,8 +290,7 @@ def run_ranks(
         if place.nodes > 1:
             command = ["--nnodes", str(place.nodes), "--node-rank", str(place.node)]
             command += ["--master-addr", place.host, "--master-port", str(place.port + launch)]
-            if start_timeout_s:
-                command += ["--rdzv-conf", f"timeout={math.ceil(start_timeout_s)}"]
+            command += ["--rdzv-conf", f"timeout={math.ceil(start_timeout_s)}"]
         command += ["--nproc-per-node", str(ranks), "--max-restarts", "0"]
         command += ["--shutdown-timeout", str(round(stop_timeout_s))]
         command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]

@@ -475,7 +475,16 @@ class Pipeline:
             _output("build_report", 1, experiment=experiment)
             for experiment in self.settings.default_experiments
         ]
-        return Request("build_index", {}, settings={}, inputs={"summaries": summaries})
+        # Pages that are there get a link. As inputs they would be measured for its sake; and only the
+        # index looks, so that no measurement makes a report anew.
+        networks = [
+            experiment
+            for experiment in self.settings.default_experiments
+            if Path(_output("draw_network", experiment=experiment)).exists()
+        ]
+        return Request(
+            "build_index", {}, settings={"networks": networks}, inputs={"summaries": summaries}
+        )
 
     def _experiment_request(
         self,

@@ -221,8 +221,13 @@ def _record(
 def _tee(log: Path) -> None:
     """From here on, what this process and its children print goes to the terminal and to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    # -i: Ctrl-C ends the whole process group, and the last words of the stage must still be written.
-    tee = subprocess.Popen(["tee", "-i", str(log)], stdin=subprocess.PIPE, stdout=sys.stderr)
+    # Ctrl-C ends the whole process group, Slurm's SIGTERM comes to all of a job's processes, and the last
+    # words of the stage must still be written.
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a child goes on ignoring them
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in stops}
+    tee = subprocess.Popen(["tee", str(log)], stdin=subprocess.PIPE, stdout=sys.stderr)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
     assert tee.stdin
     os.dup2(tee.stdin.fileno(), 1)
     os.dup2(tee.stdin.fileno(), 2)

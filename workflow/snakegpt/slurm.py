@@ -1,4 +1,4 @@
-"""Ask Slurm whether it takes the jobs of a run, before the first one is submitted; and mend its plugin.
+"""Ask Slurm whether it takes the jobs of a run, before the first one is submitted; and mend its plugin (2.8.0).
 
 sbatch says no when a job's turn comes, hours into a run, and once more for every retry; some it takes and
 lets wait for ever. Asked with --test-only it says no to both at once.
@@ -49,7 +49,7 @@ def require_taken(jobs: Iterable[Any], settings: Any) -> None:
 def keep_unanswered_jobs() -> None:
     """Let Snakemake ask again for jobs that Slurm said nothing of, as while its controller restarts.
 
-    The plugin (2.8.0) drops all jobs when its question fails, and Snakemake waits for ever.
+    The plugin drops all jobs when its question fails, and Snakemake waits for ever.
     """
     from snakemake_executor_plugin_slurm import Executor
 
@@ -65,6 +65,30 @@ def keep_unanswered_jobs() -> None:
                 yield job
 
     Executor.check_active_jobs = check_and_keep
+
+
+def retry_preempted_jobs() -> None:
+    """Let Snakemake submit a job again that Slurm preempted and does not start again itself.
+
+    The plugin takes PREEMPTED for a state that Slurm will end, and waits for ever. To squeue a job is
+    preempted for good (PreemptMode=CANCEL): one that is requeued is pending at once.
+    """
+    import snakemake_executor_plugin_slurm as plugin
+
+    query = plugin.query_job_status
+    told: set[str] = set()
+
+    async def query_ends(command: str, logger: Any) -> tuple[dict[str, str] | None, float | None]:
+        states, took_s = await query(command, logger)
+        for job, state in (states or {}).items():
+            if state == "PREEMPTED" and command.startswith("squeue"):
+                states[job] = "CANCELLED"
+                if job not in told:
+                    told.add(job)
+                    say(f"warning: Slurm preempted job {job} and does not start it again")
+        return states, took_s
+
+    plugin.query_job_status = query_ends
 
 
 def _asked_for(job: Any, settings: Any) -> str:

@@ -24,7 +24,7 @@ from snakegpt.pages.evidence import Evidence, summary
 from snakegpt.pages.report import report_page
 from snakegpt.progress import say
 
-REVISION = 4  # bump when templates/ change: tests/test_pages.py tells
+REVISION = 5  # bump when templates/ change: tests/test_pages.py tells
 SCIENCE = ("snakegpt.pages.evidence", "snakegpt.pages.report")
 
 ROLES = {

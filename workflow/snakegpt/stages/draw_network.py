@@ -17,7 +17,7 @@ from snakegpt.pages.network import bandwidth_chart, network_page, shares_chart
 from snakegpt.pages.rendering import picture
 from snakegpt.progress import say
 
-REVISION = 4  # bump when templates/ change: tests/test_pages.py tells
+REVISION = 5  # bump when templates/ change: tests/test_pages.py tells
 SCIENCE = ("snakegpt.pages.network",)
 
 

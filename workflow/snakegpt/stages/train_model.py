@@ -32,6 +32,8 @@ from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
 from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
+from snakegpt.network.bench import told_to_all
+from snakegpt.network.meeting import Meeting
 from snakegpt.placement import choose_passes, in_one_order, shape_of, threads_of_rank
 from snakegpt.settings import Execution, Model, Training, model_problems, science
 from snakegpt.starting import Start, adapted
@@ -131,6 +133,10 @@ def train_model(
         if execution.network_environment:
             environment = launching.advised_environment(network, nodes, label=label)
         if place:
+            # torchrun would say that a node is missing, but not which.
+            wait_s = execution.hang_timeout_s or launching.START_TIMEOUT_S
+            with told_to_all(Meeting(place, wait_s)):
+                pass
             launching.run_ranks(
                 MODULE,
                 arguments,
@@ -141,7 +147,7 @@ def train_model(
                 logs=state / "ranks" / f"node{place.node}",
                 share_outcome=True,
                 stop_timeout_s=execution.stop_timeout_s,
-                start_timeout_s=execution.hang_timeout_s,
+                start_timeout_s=wait_s,
             ).raise_for_status()
             return
         distributed.launch(
