@@ -348,7 +348,8 @@ class Trainer:
     # ---- what is said ----
 
     def _finish(self, metrics: Recorder) -> None:
-        steps = self.step - (self.before.note["step"] if self.before else 0)
+        done_before = self.before.note["step"] if isinstance(self.before, Finished) else 0
+        steps = self.step - done_before
         metrics.write(
             "end",
             step=self.step,
