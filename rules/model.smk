@@ -35,6 +35,8 @@ rule plan_training:
         "logs/plan_training/{experiment}.log",
     benchmark:
         "logs/plan_training/{experiment}.tsv"
+    # Before the corpus is fetched and encoded, which may take hours: it may say that training cannot be.
+    priority: 1
     conda:
         "../envs/snakegpt.yaml"
     threads: TRAINING_THREADS

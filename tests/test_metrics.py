@@ -62,6 +62,20 @@ def test_rates_are_those_since_the_line_before(tmp_path, capsys):
     assert "val 2.250" in told.splitlines()[-1]
 
 
+def test_people_see_the_mean_rate_of_the_last_seconds(tmp_path, capsys):
+    """And not that of one update, which on a busy machine is anything."""
+    recorder = Recorder(tmp_path / "m.jsonl", None, work(), Audience(log_interval_s=1e-9))
+    for step, busy_s in enumerate([1.0, 2.0, 6.0, 6.1, 6.2], 1):
+        update(recorder, step, busy_s=busy_s)
+    update(recorder, 12, busy_s=12.0)
+    recorder.close()
+    shown = [
+        re.search(r"([\d.]+k?) tokens/s", line)[1] for line in capsys.readouterr().err.splitlines()
+    ]
+    # From the start; then from second 1.0 on, the last mark five seconds ago or more; then from 6.2.
+    assert shown == ["1k", "1k", "400", "588", "769", "1.21k"]
+
+
 def test_a_device_of_no_datasheet_has_no_mfu_and_says_so(tmp_path, capsys):
     recorder = Recorder(tmp_path / "m.jsonl", None, work(device_name="cpu"), Audience(1e-9))
     update(recorder, 4, busy_s=2.0)

@@ -78,6 +78,28 @@ def test_a_run_that_continues_another_is_not_said_to_begin_anew(tmp_path):
     assert "continued from short up to" in page and "random weights" not in page
 
 
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (
+            {"schedule": "cosine", "warmup_steps": 5},
+            "Learning rate: linear warm-up, then cosine decay.",
+        ),
+        ({"schedule": "linear", "warmup_steps": 0}, "Learning rate: linear decay."),
+        (
+            {"optimizer": "muon", "muon_learning_rate": 0.04},
+            "that of the matrices, 0.04 at its peak, has the same shape.",
+        ),
+    ],
+)
+def test_the_learning_rate_is_described_as_it_was(tmp_path, training, said):
+    settings = report_fixtures.settings()
+    settings["training"] |= training
+    files = report_fixtures.results(tmp_path / "in")
+    build_report.build_report("gpt2", settings, files, None, tmp_path)
+    assert said in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_what_a_model_wrote_is_text(tmp_path):
     page = report(tmp_path)
     assert "<script>" not in page

@@ -137,7 +137,11 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
             {"skip_spikes_above": 6, "spike_window": 128, "steps": 100, "warmup_steps": 5},
             ["skip_spikes_above = 6 would find nothing", "spike_window = 128", "100 steps"],
         ),
-        ("experiments.gpt2.model.preset", "1.6B", ["preset = '1.6B'", "Nearest valid name: 1.5B"]),
+        (
+            "experiments.gpt2.model.preset",
+            "1.6B",
+            ["preset = '1.6B'", "Nearest valid name: 1.5B. All of them: nano, "],
+        ),
         ("experiments.My Model", {}, ["My Model", "pattern"]),
     ],
 )

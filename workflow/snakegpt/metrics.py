@@ -11,6 +11,7 @@ import importlib.util
 import math
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from snakegpt.parts import STEPS, Window
 from snakegpt.progress import Progress, quantity
 from snakegpt.training_state import Metrics
 
+SHOWN_S = 5.0  # of updates, whose mean rate people see: single ones scatter
 COUNTERS_INTERVAL_S = 10.0  # reading them takes a few milliseconds a GPU
 
 
@@ -97,6 +99,7 @@ class Recorder:
         """
         self.work, self._metrics = work, Metrics(path, resumed_step)
         self._since = (busy_s, done)
+        self._recent = deque([self._since])  # what `SHOWN_S` reaches back to comes first
         self._validation = best
         self._progress = Progress(
             work.label, work.steps, "steps", done=done, interval_s=audience.log_interval_s
@@ -170,15 +173,26 @@ class Recorder:
             mfu=None if mfu is None else round(mfu, 4),
             matmul_share=None if of_matmul is None else round(of_matmul, 4),
         )
-        share = ""
-        if mfu is not None:
-            share = f"MFU {mfu:.1%}"
-        elif of_matmul is not None:
-            share = f"{of_matmul:.0%} of matmul"
-        facts = [f"loss {loss:.3f}", self._validation, quantity(rate, " tokens/s"), share]
+        facts = [f"loss {loss:.3f}", self._validation, *self._shown_rates(busy_s, step)]
         self._progress.update(step, *filter(None, facts))
         if time.monotonic() - self._counted_at >= COUNTERS_INTERVAL_S or step == work.steps:
             self._count(step)
+
+    def _shown_rates(self, busy_s: float, step: int) -> list[str]:
+        """Tokens a second over the last seconds, and the share of a peak that this is."""
+        recent, work = self._recent, self.work
+        while len(recent) > 1 and busy_s - recent[1][0] >= SHOWN_S:
+            recent.popleft()
+        since_s, since_step = recent[0]
+        recent.append((busy_s, step))
+        rate = work.batch_tokens * (step - since_step) / max(busy_s - since_s, 1e-9)
+        reached, peak = rate * work.flops_per_token, work.peak_flops_per_s
+        share = ""
+        if peak is not None:
+            share = f"MFU {reached / peak:.1%}"
+        elif reached <= work.matmul_flops_per_s:
+            share = f"{reached / work.matmul_flops_per_s:.0%} of matmul"
+        return [quantity(rate, " tokens/s"), share]
 
     def validated(self, step: int, loss: float) -> None:
         """Record a validation loss, nats."""

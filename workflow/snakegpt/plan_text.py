@@ -158,4 +158,6 @@ def warnings(plan: Mapping[str, Any]) -> list[str]:
 
 def clock(seconds: float) -> str:
     """A planned time as people say it: seconds to minutes exactly, days from two days on."""
+    if seconds < 1:
+        return "< 1 s"
     return duration(seconds) if seconds < 172_800 else f"{seconds / 86_400:.3g} days"

@@ -874,7 +874,10 @@ def _explain(
         return f"{name}.kind = {kind!r} is no known kind{place}.{nearest(str(kind), kinds)}"
     if problem["type"] == "literal_error" and isinstance(found, str):
         choices = _quoted(problem["ctx"]["expected"])
-        return f"{name} = {found!r} is not valid{place}.{nearest(found, choices)}"
+        hint = nearest(found, choices)
+        if hint.startswith(" Nearest"):  # which for device = gpu is cpu
+            hint += f" All of them: {', '.join(choices)}."
+        return f"{name} = {found!r} is not valid{place}.{hint}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{name} = {found!r}{place}: {message}."

@@ -24,9 +24,9 @@ PARTS = {
     "waiting": "the rest: reading results, an idle device",
 }
 SCHEDULES = {
-    "cosine": "linear warm-up, then cosine decay",
-    "linear": "linear warm-up, then linear decay",
-    "warmup_stable_decay": "linear warm-up, the peak, then linear decay",
+    "cosine": "cosine decay",
+    "linear": "linear decay",
+    "warmup_stable_decay": "the peak, then linear decay",
 }
 INCIDENTS_SHOWN = 20
 
@@ -44,7 +44,7 @@ def training_section(evidence: Evidence) -> dict[str, Any]:
         "parts_bar": Markup(charts.parts_bar([(p["name"], p["seconds"]) for p in parts])),
         "parts_text": _parts_text(evidence),
         "machine": _machine(evidence),
-        "schedule": SCHEDULES[evidence.settings["training"]["schedule"]],
+        "schedule": _schedule(evidence.settings["training"]),
     }
 
 
@@ -74,6 +74,19 @@ def training_charts(evidence: Evidence) -> dict[str, str]:
         ),
         "share": charts.share_chart(shares, of) if shares else "",
     }
+
+
+def _schedule(training: Mapping[str, Any]) -> str:
+    """What the curve of the learning rate shows, in words."""
+    warmed = training["warmup_steps"] > 0
+    parts = ["linear warm-up"] * warmed + [SCHEDULES[training["schedule"]]]
+    text = ", then ".join(parts)
+    if training["optimizer"] == "muon":
+        text += (
+            f". It is that of embedding and head; that of the matrices, {training['muon_learning_rate']:g}"
+            " at its peak, has the same shape"
+        )
+    return text
 
 
 def _share_of(evidence: Evidence) -> tuple[str, str]:
