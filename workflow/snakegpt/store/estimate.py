@@ -14,6 +14,7 @@ from snakegpt.store.objects import Store
 # Settings that decide how long a stage takes in another way than by its amount of work: the last run
 # says nothing once one of them has changed.
 DECISIVE = {
+    "adapt_weights": ("model",),
     "bench_network": ("model",),
     "evaluate_model": ("evaluation",),
     "measure_scaling": ("model",),
