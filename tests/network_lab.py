@@ -171,8 +171,9 @@ class Lab:
         skip: tuple[int, ...] = (),
         environment: dict[str, str] | None = None,
         limit_s: float = 200,
+        stage: str = "bench_network",
     ) -> list[tuple[int, str]]:
-        """bench_network on all nodes, node 1 being node 0 of the meeting; returns (status, output) of each."""
+        """A stage on all nodes, node 1 being node 0 of the meeting; returns (status, output) of each."""
         rendezvous = f"{host or self.address(1)}:29500"
         running = []
         for node in range(1, self.n_nodes + 1):
@@ -183,7 +184,7 @@ class Lab:
                 "SNAKEGPT_RENDEZVOUS": rendezvous,
                 "OMP_NUM_THREADS": "1",
             }
-            command = [sys.executable, "-m", "snakegpt.stages.bench_network", *arguments]
+            command = [sys.executable, "-m", f"snakegpt.stages.{stage}", *arguments]
             running.append(self.start(node, command, place | (environment or {})))
         deadline = time.monotonic() + limit_s
         return [

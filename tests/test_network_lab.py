@@ -14,6 +14,7 @@ import time
 
 import pytest
 from network_lab import Lab, delayed_pair, missing
+from train_fixtures import tokens
 
 pytestmark = [
     pytest.mark.long,
@@ -146,6 +147,50 @@ def test_loss_shows_in_segments_sent_again_and_in_datagrams(draw, tmp_path):
     assert any("node1 to node2" in line and "sent again" in line for line in found["warnings"])
     # Some 4,300 datagrams: a third of the share is three of its standard deviations or more.
     assert link["udp"]["lost_fraction"] == pytest.approx(share, rel=0.33)
+
+
+# For a rank: computing takes the same time on any machine, however busy: 8 ms a row.
+STEADY = """
+import os
+if "RANK" in os.environ:
+    import time
+    from snakegpt.updates import Updates
+    losses = Updates._losses
+    def steadily(self, network, ids_BT, *rest):
+        time.sleep(0.008 * len(ids_BT))
+        return losses(self, network, ids_BT, *rest)
+    Updates._losses = steadily
+"""
+
+
+def test_the_verdict_follows_the_wire(draw, tmp_path):
+    """Wires whose exchanges take a known multiple of the time that computing takes."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(STEADY)
+    paths = f"{tmp_path}/hook:{os.environ.get('PYTHONPATH', '')}"
+    settings = {"model": MODEL, "training": {"batch_tokens": 512, "steps": 100, "warmup_steps": 1}}
+    words = ["--tokens", str(tokens(tmp_path / "tokens")), "--settings", json.dumps(settings)]
+    how = {"device": "cpu", "ranks_per_node": 1, "threads": 1}
+    words += ["--execution", json.dumps(how), "--out", str(tmp_path)]
+
+    def scaled():
+        environment = {"PYTHONPATH": paths}
+        ends = lab.run_everywhere(words, stage="measure_scaling", environment=environment)
+        assert [status for status, _ in ends] == [0, 0], ends
+        return json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+
+    with Lab(2) as lab:
+        free = scaled()
+        assert free["verdict"]["kind"] == "fine", free
+        # A ring of two sends 2 x 1/2 of the gradients over each link.
+        n_bits, compute_s = 8 * free["gradient_bytes"], free["strong"][-1]["compute_s"]
+        for kind, times in (("accumulate", draw.uniform(0.2, 0.4)), ("wire", draw.uniform(1.5, 3))):
+            for node in (1, 2):
+                lab.shape(node, "eth0", n_bits / (times * compute_s) / PAYLOAD)
+            found = scaled()
+            assert found["verdict"]["kind"] == kind, (times, found)
+            share = found["verdict"]["communication_share"]
+            assert share == pytest.approx(times / (1 + times), rel=0.35)
 
 
 # ---- what keeps nodes apart ------------------------------------------------------------------
