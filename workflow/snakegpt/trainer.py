@@ -324,7 +324,7 @@ class Trainer:
     # ---- what is said ----
 
     def _finish(self, metrics: Recorder) -> None:
-        steps = self.step - (self.before.note["step"] if self.before else 0)
+        steps = self.step - (self.before.note.get("step", 0) if self.before else 0)
         metrics.write(
             "end",
             step=self.step,
