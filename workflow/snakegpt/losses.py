@@ -1,5 +1,9 @@
 """Cross-entropy of a linear head, written out or without ever holding the logits of a large vocabulary.
 
+torch 2.13's own `linear_cross_entropy` is not faster where it was measured (2,048 tokens of 50,304 ids, 768
+channels, float32 on Zen 4: 10.6 s of CPU against 5.7 here, in 391 MB against 252; benchmarks/train.py), is
+left alone by the compiler, and knows no soft cap.
+
 Axes: N tokens, C channels, V vocabulary, R tokens of one chunk.
 """
 
