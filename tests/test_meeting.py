@@ -10,8 +10,7 @@ import pytest
 from snakegpt.errors import UserError
 from snakegpt.launching import Place, place_of
 from snakegpt.network import meeting as meetings
-from snakegpt.network.bench import told_to_all
-from snakegpt.network.meeting import Meeting, require_reachable
+from snakegpt.network.meeting import Meeting, require_reachable, told_to_all
 
 
 def free_port() -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from snakegpt.command import read_json
 from snakegpt.errors import UserError
-from snakegpt.huggingface_format import from_config, load_model
+from snakegpt.huggingface_format import from_config, load_model, read_tensors
 from snakegpt.identity import file_digest
 from snakegpt.lineage import continuation_problems
 from snakegpt.model import Shape
@@ -45,8 +45,7 @@ class Finished(NamedTuple):
     def tensors(self) -> dict[str, Tensor]:
         """All it left, named as in a saved state."""
         model = load_model(self.weights, self.config).state_dict()
-        with safe_open(self.optimizer, framework="pt") as file:
-            moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        moments = read_tensors(self.optimizer)
         return {**{f"model.{name}": tensor for name, tensor in model.items()}, **moments}
 
 

@@ -266,6 +266,25 @@ def save_weights(path: Path, model: GPT, tokenizer_fingerprint: str) -> None:
         file.write(text.ljust(length))
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on CPU.
+
+    raises  SafetensorError, OSError
+    """
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def fingerprint_in(path: Path) -> str | None:
+    """Whose tokenizer's ids a safetensors file of ours is for; None if it does not say.
+
+    raises  SafetensorError, OSError
+    """
+    with safe_open(path, framework="pt") as file:
+        found: str | None = (file.metadata() or {}).get("tokenizer_fingerprint")
+    return found
+
+
 def load_model(weights: Path, config: Mapping[str, Any], kernel: AttentionKernel = "sdpa") -> GPT:
     """A model on CPU, ready to evaluate, from a safetensors file and the content of its config.json.
 
@@ -273,10 +292,8 @@ def load_model(weights: Path, config: Mapping[str, Any], kernel: AttentionKernel
     """
     try:
         shape = from_config(config)
-        with safe_open(weights, framework="pt") as file:
-            theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = (file.metadata() or {}).get("tokenizer_fingerprint")
-        parameters = from_hugging_face(theirs, shape)
+        parameters = from_hugging_face(read_tensors(weights), shape)
+        found = fingerprint_in(weights)
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{weights} is no model that its config.json describes: {error}") from None
     wanted = config.get("snakegpt", {}).get("tokenizer_fingerprint", found)

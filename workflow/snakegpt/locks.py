@@ -37,6 +37,11 @@ TABLES = ("corpora", "weights")  # no name stands in both
 RELOCK = "python -m snakegpt.stages.lock_corpora"
 
 
+def update_command(what: str) -> str:
+    """What takes a source as it is now; `what` is a name, or a name with its noun: `corpus mine`."""
+    return f"{RELOCK} --update {what.split()[-1]}"
+
+
 @dataclass(frozen=True)
 class File:
     """One file of a source; the fields are those of the JSON."""

@@ -155,12 +155,7 @@ class Recorder:
         since_s, since_step = self._since
         self._since = (busy_s, step)
         rate = work.batch_tokens * (step - since_step) / max(busy_s - since_s, 1e-9)
-        reached = rate * work.flops_per_token
-        peak = work.peak_flops_per_s
-        mfu = None if peak is None else reached / peak
-        of_matmul: float | None = reached / work.matmul_flops_per_s
-        if reached > work.matmul_flops_per_s:
-            of_matmul = None  # something else ran while the product was measured
+        mfu, of_matmul = self._shares(rate)
         self.write(
             "train",
             step=step,
@@ -186,13 +181,22 @@ class Recorder:
         since_s, since_step = recent[0]
         recent.append((busy_s, step))
         rate = work.batch_tokens * (step - since_step) / max(busy_s - since_s, 1e-9)
-        reached, peak = rate * work.flops_per_token, work.peak_flops_per_s
+        mfu, of_matmul = self._shares(rate)
         share = ""
-        if peak is not None:
-            share = f"MFU {reached / peak:.1%}"
-        elif reached <= work.matmul_flops_per_s:
-            share = f"{reached / work.matmul_flops_per_s:.0%} of matmul"
+        if mfu is not None:
+            share = f"MFU {mfu:.1%}"
+        elif of_matmul is not None:
+            share = f"{of_matmul:.0%} of matmul"
         return [quantity(rate, " tokens/s"), share]
+
+    def _shares(self, rate: float) -> tuple[float | None, float | None]:
+        """What tokens a second are of the datasheet's peak, and of the product measured here."""
+        reached, peak = rate * self.work.flops_per_token, self.work.peak_flops_per_s
+        of_matmul = reached / self.work.matmul_flops_per_s
+        return (
+            None if peak is None else reached / peak,
+            of_matmul if of_matmul <= 1 else None,  # something else ran while it was measured
+        )
 
     def validated(self, step: int, loss: float) -> None:
         """Record a validation loss, nats."""

@@ -387,8 +387,8 @@ def choose_kernel(
     256 tokens); at 1,024 tokens, and in float32, the fused one wins. Measured on Zen 4, torch 2.13.
     On CUDA torch chooses among the fused ones itself: cuDNN's on Hopper and on data centres' Blackwell
     (an H100: 1.6 ms against FlashAttention 2's 2.1 for 64 rows of 1,024 tokens), else FlashAttention 2.
-    Nothing is timed at the start of a run: noise would decide its rounding. A document mask would cost them their fast path; flex skips
-    what is masked.
+    Nothing is timed at the start of a run: noise would decide its rounding. A document mask would cost
+    them their fast path; flex skips what is masked.
     """
     if device == "cuda" and masks_documents:
         return "flex"

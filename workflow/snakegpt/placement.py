@@ -59,6 +59,14 @@ def in_one_order(execution: Execution, rows: int) -> Execution:
     return execution.model_copy(update={"rows_per_rank": size, "strategy": "ddp"})
 
 
+def shares(execution: Execution, rows: int) -> int:
+    """What ranks can be given of a step: its rows, or its micro-batches where those are all of one size.
+
+    execution  as `in_one_order` returns it
+    """
+    return rows // int(execution.rows_per_rank) if execution.deterministic else rows
+
+
 def threads_of_rank(execution: Execution, threads: int, local_ranks: int) -> int:
     """CPU threads of one of a machine's ranks."""
     # Another number of threads adds up matrix products in another order.

@@ -18,7 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from snakegpt.errors import UserError
-from snakegpt.huggingface_format import MASK, from_config, from_hugging_face
+from snakegpt.huggingface_format import (
+    MASK,
+    fingerprint_in,
+    from_config,
+    from_hugging_face,
+    read_tensors,
+)
 from snakegpt.identity import file_digest
 from snakegpt.model import Shape
 from snakegpt.settings import Model
@@ -136,9 +142,7 @@ class Start(NamedTuple):
         raises  UserError if they do not fit the model
         """
         try:
-            with safe_open(self.weights, framework="pt") as file:
-                theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            ours = from_hugging_face(theirs, self.shape)
+            ours = from_hugging_face(read_tensors(self.weights), self.shape)
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(
                 f"{self.weights} does not fit the model to be trained: {error}.\n"
@@ -153,8 +157,7 @@ def adapted(weights: Path, shape: Shape, tokenizer_fingerprint: str) -> Start:
     raises  UserError if they are no safetensors of ours, or of another tokenizer
     """
     try:
-        with safe_open(weights, framework="pt") as file:
-            found = (file.metadata() or {}).get("tokenizer_fingerprint")
+        found = fingerprint_in(weights)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{weights} is damaged, or no safetensors file: {error}.") from None
     if found != tokenizer_fingerprint:

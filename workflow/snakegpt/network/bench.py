@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from snakegpt.launching import Place, run_ranks
 from snakegpt.network import advice, iperf, links, nodes
 from snakegpt.network.advice import Candidate
 from snakegpt.network.interfaces import interface_towards, interface_with, require_known
-from snakegpt.network.meeting import Meeting
+from snakegpt.network.meeting import Meeting, told_to_all
 from snakegpt.progress import say
 
 RESULT = "SNAKEGPT_TRIAL"  # the file that rank 0 of a trial writes to
@@ -61,20 +60,6 @@ def measure(task: Task, place: Place) -> dict[str, Any]:
     meeting = Meeting(place, task.wait_s)
     with told_to_all(meeting):
         return _measure(task, meeting)
-
-
-@contextlib.contextmanager
-def told_to_all(meeting: Meeting) -> Iterator[None]:
-    """What ends this node ends the others, with the same words, instead of leaving them waiting."""
-    try:
-        yield
-        meeting.close()
-    except UserError as error:
-        meeting.fail(str(error))
-        raise
-    except BaseException as error:
-        meeting.fail(f"{meeting.names[meeting.place.node]} failed: {type(error).__name__}: {error}")
-        raise
 
 
 def _measure(task: Task, meeting: Meeting) -> dict[str, Any]:

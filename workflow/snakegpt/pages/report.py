@@ -113,7 +113,8 @@ def _lead(evidence: Evidence) -> str:
         f" {end['step']:,} steps on {evidence.settings['corpus']['name']}: it saw"
         f" {quantity(evidence.trained_tokens)} tokens, {epochs:.3g} times the training text,"
         f" {'the new ones ' if before else ''}in {readable_time(end['elapsed_s'])} on"
-        f" {_machine(evidence)}, in {processes}. On text it never saw, its best weights need {best['bits_per_byte']:.3f} bits for a byte."
+        f" {_machine(evidence)}, in {processes}. On text it never saw, its best weights need"
+        f" {best['bits_per_byte']:.3f} bits for a byte."
     )
 
 

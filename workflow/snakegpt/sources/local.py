@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from snakegpt.errors import UserError
-from snakegpt.locks import RELOCK, Entry, File
+from snakegpt.locks import Entry, File, update_command
 from snakegpt.progress import say
 from snakegpt.settings import LocalSource
 from snakegpt.sources.transfers import Drifts, Meter, copy, in_parallel, verify
@@ -52,7 +52,7 @@ def fetch(
         some = ", ".join(more[:3])
         say(
             f"{what}  {len(more):,} files there are not locked and stay out ({some});"
-            f" to take them: {RELOCK} --update {what.split()[-1]}"
+            f" to take them: {update_command(what)}"
         )
 
 

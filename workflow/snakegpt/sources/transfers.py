@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from snakegpt.errors import UserError
-from snakegpt.locks import RELOCK, Archive, File
+from snakegpt.locks import Archive, File, update_command
 from snakegpt.progress import duration, quantity, say
 
 Item = TypeVar("Item")
@@ -187,7 +187,7 @@ class Drifted(UserError):
         super().__init__(
             f"{what}: {shown}{more_text}\n"
             "  it changed since it was locked or was damaged on the way: run again, and if it was"
-            f" changed on purpose: {RELOCK} --update {what.split()[-1]}"
+            f" changed on purpose: {update_command(what)}"
         )
         self.reports = list(reports)
 

@@ -4,8 +4,9 @@
     python -m snakegpt.stages.lock_corpora shakespeare      these
     python -m snakegpt.stages.lock_corpora --update mine    take the source as it is now
 
-NAME is a corpus or pretrained weights. One whose source gives other bytes than were locked is an error that shows both, unless --update.
-A hub repository without a revision stays at the commit it was locked at; --update takes the newest.
+NAME is a corpus or pretrained weights. One whose source gives other bytes than were locked is an error
+that shows both, unless --update. A hub repository without a revision stays at the commit it was locked
+at; --update takes the newest.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _lock(settings: Settings, lock_file: Path, name: str, *, update: bool) -> No
             f"{noun} {name}: the source has other bytes than were locked:\n  "
             + "\n  ".join(drift)
             + "\n"
-            f"  if that is meant: {locks.RELOCK} --update {name}"
+            f"  if that is meant: {locks.update_command(name)}"
         )
     locks.put(lock_file, {name: new}, TABLES[noun])
     say(

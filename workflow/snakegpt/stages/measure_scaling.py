@@ -27,8 +27,7 @@ from snakegpt.command import block, how_to_run, only_path, stage_parser, write_j
 from snakegpt.errors import UserError, reports_errors
 from snakegpt.launching import Place
 from snakegpt.model import n_parameters
-from snakegpt.network.bench import told_to_all
-from snakegpt.network.meeting import Meeting
+from snakegpt.network.meeting import Meeting, told_to_all
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.progress import columns, say
 from snakegpt.settings import Execution, Model, Training, exchange_problem

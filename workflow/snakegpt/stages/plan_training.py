@@ -26,7 +26,7 @@ from snakegpt.errors import UserError, reports_errors
 from snakegpt.hardware import measure_matmul
 from snakegpt.metrics import require_writers
 from snakegpt.model import Shape, flops_per_token, n_parameters
-from snakegpt.placement import choose_passes, in_one_order, shape_of, threads_of_rank
+from snakegpt.placement import choose_passes, in_one_order, shape_of, shares, threads_of_rank
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Execution, Model, Training, Validation, model_problems
 from snakegpt.updates import Launch
@@ -65,7 +65,9 @@ def plan_training(
     require_writers(execution.tensorboard, execution.wandb)
     described = read_json(tokenizer, "n_vocab", "kind")
     shape = shape_of(model, described["n_vocab"])
-    placement = _place(model, training, execution, shape, threads)
+    rows = _rows_of_a_step(model, training)
+    execution = in_one_order(execution, rows)
+    placement = _place(training, execution, shape, rows, threads)
     disk, available = shutil.disk_usage(out), _available_memory(placement.device)
     corpus_disk = planning.disk_bytes(shape, corpus_bytes, None, execution.keep_states)
     planning.refuse_what_cannot_fit(corpus_disk, disk.free, disk.total, "this disk")
@@ -123,10 +125,7 @@ def plan_training(
         write_json(out / "plan.json", plan)
 
 
-def _place(
-    model: Model, training: Training, execution: Execution, shape: Shape, threads: int
-) -> planning.Placement:
-    """Devices, ranks and micro-batches as train_model would choose them."""
+def _rows_of_a_step(model: Model, training: Training) -> int:
     rows, rest = divmod(training.batch_tokens, model.context)
     if rest or not rows:
         raise UserError(
@@ -134,14 +133,20 @@ def _place(
             f" model.context = {model.context:,}; nearest that fit: {max(rows, 1) * model.context:,}"
             f" and {(max(rows, 1) + 1) * model.context:,}"
         )
+    return rows
+
+
+def _place(
+    training: Training, execution: Execution, shape: Shape, rows: int, threads: int
+) -> planning.Placement:
+    """Devices, ranks and micro-batches as train_model would choose them."""
     device = distributed.choose_device(execution.device)
-    execution = in_one_order(execution, rows)
-    shares = rows // int(execution.rows_per_rank) if execution.deterministic else rows
+    divisible = shares(execution, rows)
     nodes = execution.nodes
     ranks = nodes * launching.choose_ranks_per_node(
-        execution, nodes=nodes, device=device, rows=shares, threads=threads
+        execution, nodes=nodes, device=device, rows=divisible, threads=threads
     )
-    distributed.require_divisor(ranks, shares)
+    distributed.require_divisor(ranks, divisible)
     share = rows // ranks
     passes = choose_passes(training, execution, shape, device=device, share=share)
     return planning.Placement(
@@ -196,8 +201,7 @@ def _calibrate(
     label: str,
     matmul_flops_per_s: float,
 ) -> dict[str, Any]:
-    rows = training.batch_tokens // shape.context
-    execution, share = in_one_order(execution, rows), rows // placement.ranks
+    share = placement.rows_per_rank * placement.accumulation
     passes = choose_passes(training, execution, shape, device=placement.device, share=share)
     launch = Launch.of(
         label,

@@ -32,9 +32,8 @@ from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
 from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
-from snakegpt.network.bench import told_to_all
-from snakegpt.network.meeting import Meeting
-from snakegpt.placement import choose_passes, in_one_order, shape_of, threads_of_rank
+from snakegpt.network.meeting import Meeting, told_to_all
+from snakegpt.placement import choose_passes, in_one_order, shape_of, shares, threads_of_rank
 from snakegpt.settings import Execution, Model, Training, model_problems, science
 from snakegpt.starting import Start, adapted
 from snakegpt.tokens import open_sets, read_manifest
@@ -101,15 +100,14 @@ def train_model(
         )
         return
     execution = in_one_order(execution, rows)
-    # What ranks can be given: a step's rows, or its micro-batches where those are all of one size.
-    shares = rows // int(execution.rows_per_rank) if execution.deterministic else rows
+    divisible = shares(execution, rows)
     ranks = distributed.world_size()
     if ranks is None:
         nodes = place.nodes if place else 1
         ranks = nodes * launching.choose_ranks_per_node(
-            execution, nodes=nodes, device=device, rows=shares, threads=threads
+            execution, nodes=nodes, device=device, rows=divisible, threads=threads
         )
-    distributed.require_divisor(ranks, shares)
+    distributed.require_divisor(ranks, divisible)
     train, validation = (open_sets(tokens, manifest, split) for split in ("train", "val"))
     if any(len(part.stream) < 2 for part in validation):
         raise UserError(f"the validation split of {tokens} has no token to predict.")
