@@ -313,7 +313,7 @@ def test_a_second_snakemake_puts_no_second_trainer_on_a_state(locked, undisturbe
 
 def test_more_nodes_than_the_job_has_are_refused(locked):
     command = [sys.executable, "-c",
-               "import os; from pathlib import Path; from snakegpt.launching import on_every_node;"
+               "import os; from pathlib import Path; from snakegpt.nodes import on_every_node;"
                "on_every_node('x', [], nodes=3, threads=1, shared=Path('x'))"]  # fmt: skip
     inside = ["srun", "-N1", "bash", "-c", f'cd {locked.folder}; exec "$@"', "x", *command]
     with pytest.raises(RuntimeError, match=r"execution.nodes = 3, but Slurm job \d+ has 1"):

@@ -6,6 +6,8 @@ the real ones.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -14,9 +16,11 @@ import threading
 import time
 
 import pytest
-from snakegpt import launching
-from snakegpt.errors import UserError
-from snakegpt.launching import Outcome, advised_environment, choose_ranks_per_node, on_every_node
+from snakegpt import launching, nodes, outcomes
+from snakegpt.errors import RETRY, UserError
+from snakegpt.launching import advised_environment, network_environment
+from snakegpt.nodes import Place, choose_ranks_per_node, on_every_node
+from snakegpt.outcomes import Outcome
 from snakegpt.settings import Execution
 from test_meeting import free_port
 from train_fixtures import SETTINGS, tokens
@@ -50,7 +54,7 @@ def slurm(tmp_path, monkeypatch):
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", str(free_port() % 900 + 50))
-    for name in (launching.NODE, launching.RENDEZVOUS):
+    for name in (nodes.NODE, nodes.RENDEZVOUS):
         monkeypatch.delenv(name, raising=False)
     return programs
 
@@ -177,7 +181,7 @@ def test_a_node_that_never_ended_is_named(slurm, tmp_path):
 def test_a_kill_is_told_and_not_what_others_suffer_from_it(tmp_path, found, told):
     outcome = tmp_path / "outcome.json"
     outcome.write_text(json.dumps(found))
-    place = launching.Place(1, 2, "127.0.0.1", 1)
+    place = Place(1, 2, "127.0.0.1", 1)
     assert told in launching._ended(outcome, place, killed_by=9).text
     assert told in json.loads(outcome.read_text())["text"]
 
@@ -186,6 +190,55 @@ def test_without_srun_the_way_by_hand_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"srun is not installed here(.|\n)*by hand"):
         on_every_node("m", [], nodes=2, threads=1, shared=tmp_path, environment={})
+
+
+# ---- starting again --------------------------------------------------------------------------
+
+
+KILLED = Outcome(1, "a rank was killed by SIGKILL", again=True)
+ERRED = Outcome(1, "rank 1: Traceback ...")
+DONE = Outcome()
+
+
+def attempts(monkeypatch, endings, *, restarts, steps=()) -> int:
+    """How often ranks are started when they end so; `steps` is what is asked of after each end."""
+    started = []
+
+    def once(*_, **how):
+        started.append(how)
+        return endings[len(started) - 1]
+
+    reached = iter([0, *steps, *[0] * 9])
+    monkeypatch.setattr(launching, "run_ranks", once)
+    with contextlib.suppress(SystemExit):
+        launching.launch("module", [], restarts=restarts, progress=lambda: next(reached), ranks=2)
+    assert all(how == {"ranks": 2} for how in started)
+    return len(started)
+
+
+def test_ranks_start_again_after_one_was_killed_as_often_as_allowed(monkeypatch, capsys):
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=2) == 3
+    said = capsys.readouterr().err
+    assert said.count("starts again from the last saved state") == 2
+    assert attempts(monkeypatch, [KILLED, DONE], restarts=2) == 2
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=0) == 1
+
+
+def test_progress_makes_room_for_new_restarts(monkeypatch):
+    # Two restarts are used up when the third attempt saves step 5: then there are two more.
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=2, steps=[0, 0, 5, 5, 5]) == 5
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=2, steps=[0, 5, 5, 5, 5]) == 4
+
+
+def test_an_error_of_ours_is_tried_again_only_after_progress(monkeypatch):
+    assert attempts(monkeypatch, [ERRED] * 9, restarts=3) == 1
+    assert attempts(monkeypatch, [ERRED] * 9, restarts=3, steps=[4, 8, 8]) == 3
+
+
+def test_less_memory_is_tried_at_once_and_costs_no_restart(monkeypatch, capsys):
+    again = Outcome(RETRY, "8 rows at once did not fit on rank 1", again=True)
+    assert attempts(monkeypatch, [again, again, DONE], restarts=0) == 3
+    assert "did not fit on rank 1; starts again" in capsys.readouterr().err
 
 
 # ---- ranks of a node -------------------------------------------------------------------------
@@ -209,7 +262,7 @@ def test_what_nodes_cannot_share_is_refused(monkeypatch):
         ranks(ranks_per_node=4)
     with pytest.raises(UserError, match=r"ranks = 4 counts the ranks of one machine"):
         ranks(ranks=4)
-    monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(nodes.torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"ranks_per_node = 3, but node \S+ has 2 CUDA devices"):
         ranks(ranks_per_node=3, device="cuda")
 
@@ -244,6 +297,32 @@ def test_advice_for_another_number_of_nodes_is_left_aside(tmp_path, capsys):
     assert found == {}
     assert "was measured on 1 node, this is 2 nodes" in said
     assert advised_environment(None, 2, label="x") == {}
+
+
+def test_only_network_variables_are_taken_from_the_measurement():
+    measured = {"environment": {"GLOO_SOCKET_IFNAME": "lo", "NCCL_X": 1, "LD_PRELOAD": "evil.so"}}
+    assert network_environment(measured) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_X": "1"}
+    assert network_environment({}) == {}
+
+
+# ---- how ranks end ---
+
+
+def test_a_full_disk_is_a_message_of_a_rank_too(monkeypatch, tmp_path):
+    """Not an error of ours, with a traceback and new attempts."""
+    outcome = tmp_path / "outcome.json"
+    monkeypatch.setenv(outcomes.OUTCOME, str(outcome))
+    monkeypatch.setenv(outcomes.AGENT, str(os.getppid()))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(outcomes, "_die_with", lambda parent: None)
+    ended = []
+    monkeypatch.setattr(outcomes.os, "_exit", ended.append)
+    with outcomes.reporting_outcome():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "store/state/x")
+    assert ended == [2]
+    told = json.loads(outcome.read_text())
+    assert told["status"] == 2
+    assert told["text"].startswith("store/state/x: No space left on device.\n  free some:")
 
 
 def test_an_outcome_that_another_will_tell_only_gives_the_status():

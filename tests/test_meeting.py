@@ -8,9 +8,9 @@ import time
 
 import pytest
 from snakegpt.errors import UserError
-from snakegpt.launching import Place, place_of
 from snakegpt.network import meeting as meetings
 from snakegpt.network.meeting import Meeting, require_reachable, told_to_all
+from snakegpt.nodes import Place, place_of
 
 
 def free_port() -> int:

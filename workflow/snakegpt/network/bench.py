@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from snakegpt.errors import UserError
-from snakegpt.launching import Place, run_ranks
+from snakegpt.launching import run_ranks
 from snakegpt.network import advice, iperf, links, nodes
 from snakegpt.network.advice import Candidate
 from snakegpt.network.interfaces import interface_towards, interface_with, require_known
 from snakegpt.network.meeting import Meeting, told_to_all
+from snakegpt.nodes import Place
 from snakegpt.progress import say
 
 RESULT = "SNAKEGPT_TRIAL"  # the file that rank 0 of a trial writes to

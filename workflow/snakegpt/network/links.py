@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from snakegpt.launching import MEASURING_PORT
 from snakegpt.network import iperf
 from snakegpt.network.meeting import Meeting
+from snakegpt.nodes import MEASURING_PORT
 
 ROUND_TRIPS = 300
 STREAMS = 4  # of the test that shows whether one stream fills the wire

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from snakegpt.errors import UserError
-from snakegpt.launching import Place
+from snakegpt.nodes import Place
 
 Value = TypeVar("Value")
 

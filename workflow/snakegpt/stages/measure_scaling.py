@@ -25,9 +25,10 @@ import torch
 from snakegpt import distributed, launching, scaling
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
-from snakegpt.launching import Place
 from snakegpt.model import n_parameters
 from snakegpt.network.meeting import Meeting, told_to_all
+from snakegpt.nodes import ALONE, choose_ranks_per_node, on_every_node, place_of
+from snakegpt.outcomes import reporting_outcome
 from snakegpt.placement import choose_passes, shape_of
 from snakegpt.progress import columns, say
 from snakegpt.settings import Execution, Model, Training, exchange_problem
@@ -64,14 +65,14 @@ def measure_scaling(
     if distributed.is_rank():
         _as_rank(model, training, execution, manifest, tokens, device, threads, rows)
         return
-    place = launching.place_of(os.environ)
+    place = place_of(os.environ)
     if place is None and execution.nodes > 1:
         shared = out.parent / f"{out.name}-ranks"
         nodes = execution.nodes
-        launching.on_every_node(MODULE, arguments, nodes=nodes, threads=threads, shared=shared)
+        on_every_node(MODULE, arguments, nodes=nodes, threads=threads, shared=shared)
         return
-    place = place or Place(0, 1, "127.0.0.1", 0)
-    per_node = launching.choose_ranks_per_node(
+    place = place or ALONE
+    per_node = choose_ranks_per_node(
         execution, nodes=place.nodes, device=device, rows=rows, threads=threads
     )
     environment = {}
@@ -212,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     how = how_to_run(args, "measure_scaling", "network")
     network = how.extras["network"]
     args.out.mkdir(parents=True, exist_ok=True)
-    with distributed.reporting_outcome():
+    with reporting_outcome():
         measure_scaling(
             block(Model, args.settings.get("model"), "model"),
             block(Training, args.settings.get("training"), "training"),
