@@ -10,19 +10,22 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from snakegpt import launching, nodes, outcomes
-from snakegpt.errors import RETRY, UserError
+from snakegpt.errors import RETRY, Interrupted, UserError
 from snakegpt.launching import advised_environment, network_environment
 from snakegpt.nodes import Place, choose_ranks_per_node, on_every_node
 from snakegpt.outcomes import Outcome
 from snakegpt.settings import Execution
 from test_meeting import free_port
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from train_fixtures import SETTINGS, tokens
 
 SRUN = """\
@@ -86,6 +89,7 @@ def test_two_nodes_train_what_two_ranks_of_one_machine_do(slurm, tmp_path):
         assert (tmp_path / "nodes" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     start = json.loads((tmp_path / "nodes/metrics.jsonl").read_text().splitlines()[0])
     assert start["ranks"] == 2
+    assert list((tmp_path / "local-state/ranks/node0").rglob("1/stderr.log"))
     assert list((tmp_path / "nodes-state/ranks/node1").rglob("stderr.log"))  # what rank 1 printed
 
 
@@ -239,6 +243,32 @@ def test_less_memory_is_tried_at_once_and_costs_no_restart(monkeypatch, capsys):
     again = Outcome(RETRY, "8 rows at once did not fit on rank 1", again=True)
     assert attempts(monkeypatch, [again, again, DONE], restarts=0) == 3
     assert "did not fit on rank 1; starts again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ({"status": 75, "text": "saved its state at step 7"}, "saved its state at step 7"),
+        ({"status": 75, "text": "8 rows did not fit", "again": True}, "8 rows did not fit"),
+        ({"status": 1, "text": "no progress for 600 s", "again": True}, "no progress for 600 s"),
+        (None, "goes on from the last saved state, if there is one"),
+    ],
+)
+def test_ranks_that_were_asked_to_stop_are_not_started_again(monkeypatch, left, told):
+    """Whatever else a rank met on its way out."""
+
+    def asked(command):
+        started.append(command)
+        if left:
+            Path(os.environ[outcomes.OUTCOME]).write_text(json.dumps(left))
+        raise SignalException("", signal.SIGTERM)
+
+    started = []
+    monkeypatch.setattr("torch.distributed.run.main", asked)
+    with pytest.raises(Interrupted, match=told):
+        launching.launch("module", [], restarts=3, ranks=2, threads=2)
+    assert len(started) == 1
+    assert outcomes.OUTCOME not in os.environ
 
 
 # ---- ranks of a node -------------------------------------------------------------------------
