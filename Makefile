@@ -31,7 +31,7 @@ format: setup
 	ruff format .
 	snakefmt Snakefile rules
 
-# The JSON schema and the settings reference, from workflow/snakegpt/settings.py.
+# The JSON schema and the settings reference, from workflow/snakegpt/settings/.
 generate: setup
 	python -m snakegpt.reference
 
