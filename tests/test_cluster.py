@@ -151,7 +151,7 @@ def short_of_time(project, job):
     project.slurm.command(0, ["scontrol", "update", f"job={job}", "TimeLimit=3"])
     ends(project, job, 90)
     assert "JobState=FAILED" in shown(project, job)
-    assert "stopped with its state saved" in project.said_by(job)
+    assert "saved its state at step" in project.said_by(job)
 
 
 def rank_killed(project, job):
@@ -275,7 +275,7 @@ def test_what_does_not_leave_at_its_limit_is_killed_and_loses_what_it_did_since_
         locked.slurm.command(0, ["scontrol", "update", f"job={job}", "TimeLimit=1"])
         ends(locked, job, 180)
         assert "JobState=TIMEOUT" in shown(locked, job)
-        assert "stopped with its state saved" not in locked.said_by(job)
+        assert "saved its state at step" not in locked.said_by(job)
         reached = [line for line in locked.state_metrics() if line["event"] == "train"]
     (resume,) = (line for line in locked.metrics() if line["event"] == "resume")
     elapsed_s = {line["step"]: line["elapsed_s"] for line in reached}

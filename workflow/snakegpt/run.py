@@ -187,7 +187,7 @@ def _explain_failure(label: str, status: int) -> None:
     if status < 0:
         say(f"{label}  was killed by {signal.Signals(-status).name}; the same command tries again")
     elif status == RETRY:
-        say(f"{label}  stopped with its state saved; the same command resumes it")
+        say(f"{label}  stopped; the same command goes on from its last saved state")
     else:
         say(f"{label}  failed with status {status}")
 
