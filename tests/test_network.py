@@ -9,13 +9,14 @@ import socket
 import stat
 import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from snakegpt.errors import UserError
-from snakegpt.network import advice, collectives, iperf, links, nodes
+from snakegpt.network import advice, bench, collectives, iperf, links, nodes
 from snakegpt.network.advice import Candidate
 from snakegpt.network.interfaces import (
     devices,
@@ -24,6 +25,7 @@ from snakegpt.network.interfaces import (
     rdma_ports,
     require_known,
 )
+from snakegpt.nodes import Place
 
 
 @pytest.fixture
@@ -112,6 +114,30 @@ def test_own_addresses_are_reached_over_loopback():
     for address in own:
         assert interface_towards(address).loopback
         assert not interface_with(address).loopback
+
+
+def test_a_name_that_is_only_this_machine_to_itself_is_left_to_what_others_know_it_by(monkeypatch):
+    """Debian's /etc/hosts: on node 0 its own name is 127.0.1.1, which leads nowhere from elsewhere."""
+    found = interface_with("127.0.1.1")
+    assert (found.name, found.loopback) == (interface_with("127.0.0.1").name, True)
+    own = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses}
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda h, *a, **k: real("127.0.1.1" if h == "debian" else h, *a, **k)
+    )
+    others = sorted(a for a in own if a.count(".") == 3 and not a.startswith("127."))
+    told = (others or ["127.0.0.1"])[0]
+    said = []
+
+    def share(name, value):
+        said.append(value)
+        return ["", told]
+
+    meeting = SimpleNamespace(place=Place(0, 2, "debian", 1), share=share)
+    assert interface_with(bench._own_address(meeting)).address == told
+    meeting.place = Place(1, 2, "debian", 1)  # of the same machine
+    assert bench._own_address(meeting) == "127.0.0.1"
+    assert said == ["", "127.0.1.1"]
 
 
 def test_a_name_that_does_not_resolve_is_named():

@@ -14,7 +14,12 @@ from snakegpt.errors import UserError
 from snakegpt.launching import run_ranks
 from snakegpt.network import advice, iperf, links, nodes
 from snakegpt.network.advice import Candidate
-from snakegpt.network.interfaces import interface_towards, interface_with, require_known
+from snakegpt.network.interfaces import (
+    address_of,
+    interface_towards,
+    interface_with,
+    require_known,
+)
 from snakegpt.network.meeting import Meeting, told_to_all
 from snakegpt.nodes import Place
 from snakegpt.progress import say
@@ -67,7 +72,7 @@ def _measure(task: Task, meeting: Meeting) -> dict[str, Any]:
     place, label = meeting.place, task.label
     alone = place.nodes == 1
     tell: Callable[[str], None] = (lambda text: say(f"{label}  {text}")) if place.leads else _silent
-    interface = interface_with(_own_address(place))
+    interface = interface_with(_own_address(meeting))
     mine = {**nodes.inventory(interface), "ranks": task.ranks}
     inventories = meeting.share("inventory", mine)
     warnings = _refuse_differences(inventories)
@@ -127,13 +132,16 @@ def _silent(text: str) -> None:
     """Nodes other than 0 say nothing: what they find, node 0 writes down."""
 
 
-def _own_address(place: Place) -> str:
-    """This node's address as the others reach it: the one that its route to node 0 leaves from."""
+def _own_address(meeting: Meeting) -> str:
+    """This node's address as the others reach it: the one that its route to node 0 leaves from.
+
+    Node 0 is told by the others: its name often stands for 127.0.1.1 on itself, Debian's habit.
+    """
+    place = meeting.place
     if place.nodes == 1:
         return LOOPBACK
-    if place.leads:
-        return interface_towards(place.host, own=True).address
-    return interface_towards(place.host).address
+    reached = meeting.share("address", "" if place.leads else address_of(place.host))
+    return reached[1] if place.leads else interface_towards(place.host).address
 
 
 def _refuse_differences(inventories: list[dict[str, Any]]) -> list[str]:
