@@ -276,20 +276,52 @@ def test_rounds_measure_every_pair_once_and_no_node_twice_at_a_time(n):
     assert set(found) == expected
 
 
-def test_without_iperf3_plain_tcp_measures_and_says_so():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with links.serving("127.0.0.1", port, by_iperf3=False):
-        row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.5)
+HAS_IPV6 = any(a.address == "::1" for of in psutil.net_if_addrs().values() for a in of)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not HAS_IPV6, reason="no IPv6"))],
+)
+def test_without_iperf3_plain_tcp_measures_and_says_so(address):
+    port = free_port(address)
+    with links.serving(address, port, by_iperf3=False):
+        row = links.measure_link(address, port, by_iperf3=False, seconds=0.5)
     assert "plain TCP" in row["method"]
     assert row["reason"] == {}
     assert row["up"]["bits_per_second"] > 1e7
     assert row["down"]["bits_per_second"] > 1e7
     trips = row["latency_s"]
     assert 0 < trips["min"] <= trips["p50"] <= trips["p90"] <= trips["p99"] <= trips["max"]
-    loopback = interface_towards("127.0.0.1").mtu
-    assert row["mtu"] == min(loopback, 65_535)  # which is all that an IPv4 packet can be
+    if address == "127.0.0.1":
+        loopback = interface_towards("127.0.0.1").mtu
+        assert row["mtu"] == min(loopback, 65_535)  # which is all that an IPv4 packet can be
+
+
+def free_port(address="127.0.0.1"):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def test_datagrams_that_were_asked_for_are_not_left_out_silently():
+    port = free_port()
+    with links.serving("127.0.0.1", port, by_iperf3=False):
+        row = links.measure_link("127.0.0.1", port, False, 0.3, udp_bit_per_s=1e6)
+    assert row["reason"] == {"udp": "iperf3 is not installed on both nodes"}
+
+
+def test_a_port_that_is_taken_is_named():
+    port = free_port()
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(
+            UserError, match=rf"cannot listen at 127.0.0.1, port {port}(.|\n)*another port"
+        ),
+        links.serving("127.0.0.1", port, by_iperf3=False),
+    ):
+        pass
 
 
 def test_plain_tcp_counts_what_arrives(monkeypatch):
@@ -310,9 +342,7 @@ def test_plain_tcp_counts_what_arrives(monkeypatch):
 
 
 def test_a_link_that_nobody_serves_gives_its_reason():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.5)
     assert "refused" in row["reason"]["latency"]
     assert "up" not in row
