@@ -26,6 +26,7 @@ from snakegpt.network.interfaces import (
     require_known,
 )
 from snakegpt.nodes import Place
+from snakegpt.outcomes import Outcome
 
 
 @pytest.fixture
@@ -504,3 +505,25 @@ def test_the_disk_is_read_whole_and_left_clean(tmp_path):
     assert rate is None or rate > 0.001
     assert list(tmp_path.iterdir()) == []
     assert nodes.disk_read(tmp_path / "nowhere", 8 << 20) is None
+
+
+# ---- trials ----------------------------------------------------------------------------------
+
+
+def test_a_node_that_hangs_before_a_trial_is_not_waited_for_as_torchrun_would(
+    monkeypatch, tmp_path
+):
+    """Its 15 minutes are more than a bench_network job may take."""
+    bounds = []
+
+    def run_ranks(*arguments, start_timeout_s, **named):
+        bounds.append(start_timeout_s)
+        return Outcome(1, "node 0 (a): timed out")
+
+    monkeypatch.setattr(bench, "run_ranks", run_ranks)
+    pair = [node("a", {}), node("b", {})]
+    task = SimpleNamespace(ranks=1, threads=1, module="m", arguments=[], backend="gloo")
+    meeting = SimpleNamespace(place=Place(0, 2, "a", 1), share=lambda name, mine, wait_s: [mine])
+    with pytest.raises(UserError, match="cannot exchange anything: node 0"):
+        bench.Trials(task, meeting, pair, [], lambda text: None).run()
+    assert bounds and max(bounds) < bench.SLOWEST_TRIAL_S / 2

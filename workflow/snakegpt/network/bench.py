@@ -12,7 +12,7 @@ from typing import Any
 
 from snakegpt.errors import UserError
 from snakegpt.launching import run_ranks
-from snakegpt.network import advice, iperf, links, nodes
+from snakegpt.network import advice, collectives, iperf, links, nodes
 from snakegpt.network.advice import Candidate
 from snakegpt.network.interfaces import (
     address_of,
@@ -270,6 +270,7 @@ class Trials:
                 threads=task.threads,
                 launch=self._launches,
                 environment={**environment, RESULT: str(result)},
+                start_timeout_s=collectives.CONNECT_S,  # nodes have just met
             )
             mine: dict[str, Any] = {"status": outcome.status, "text": outcome.text}
             if place.leads and not outcome.status:
