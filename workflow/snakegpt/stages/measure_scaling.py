@@ -26,6 +26,7 @@ from snakegpt import distributed, launching, scaling
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
 from snakegpt.errors import RETRY, Interrupted, UserError, reports_errors
 from snakegpt.model import n_parameters
+from snakegpt.network.interfaces import require_known
 from snakegpt.network.meeting import Meeting, told_to_all
 from snakegpt.nodes import ALONE, choose_ranks_per_node, on_every_node, place_of
 from snakegpt.outcomes import reporting_outcome
@@ -84,6 +85,7 @@ def measure_scaling(
     failed: list[dict[str, Any]] = []
     counts = _counts(per_node, place.nodes, rows)
     with told_to_all(meeting):
+        require_known(os.environ)
         for launch, ranks in enumerate(counts, start=1):
             run = _run(meeting, ranks, per_node, launch, arguments, environment, threads)
             what = "measured"
