@@ -394,6 +394,9 @@ def node(host, networks, interface="eth0", **more):
         "interface": {"name": interface, "mtu": 1500, "speed_mbit_per_s": 1000},
         "rdma_ports": [],
         "gpus": [],
+        "gpu_topology": None,
+        "cores": 64,
+        "numa_nodes": 2,
         "locked_memory_bytes": None,
         "versions": dict.fromkeys(advice.VERSIONS, "1"),
         "speed": {
@@ -439,6 +442,21 @@ def test_socket_threads_are_tried_only_where_streams_gain_and_there_is_no_rdma()
     assert found.environments[0] == {"NCCL_IB_HCA": "=mlx5_0:1"}
 
 
+def test_sockets_are_tried_against_rdma_where_there_is_any():
+    """On some nodes alone RDMA may keep all of them from talking."""
+    pair = [node("a", {"e": "10.0.0.1/24"}), node("b", {"f": "10.0.0.2/24"}, interface="f")]
+    disabling = [c for c in advice.candidates("nccl", pair, []) if "IB_DISABLE" in str(c)]
+    assert disabling == []
+    pair[1]["rdma_ports"] = [{"name": "mlx5_0:1", "state": "ACTIVE"}]
+    (found,) = (c for c in advice.candidates("nccl", pair, []) if "IB_DISABLE" in str(c))
+    assert found.environments == [
+        {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}", "NCCL_IB_DISABLE": "1"}
+        for name in ("eth0", "f")
+    ]
+    assert "active on b" in found.reason
+    assert not any("IB_DISABLE" in str(c) for c in advice.candidates("gloo", pair, []))
+
+
 def test_versions_that_differ_are_errors_or_warnings_by_kind():
     same = [node(host, {}) for host in "ab"]
     assert advice.differences(same) == []
@@ -448,6 +466,42 @@ def test_versions_that_differ_are_errors_or_warnings_by_kind():
         ((found, text),) = advice.differences([node("a", {}), other])
         assert found == kind
         assert text == f"nodes differ in {what}: 1 on a; 2 on b"
+
+
+def test_machines_of_one_name_are_told_apart():
+    other = node("localhost", {})
+    other["versions"]["torch"] = "2"
+    ((kind, text),) = advice.differences([node("localhost", {}), other])
+    assert kind == "error"
+    assert text == "nodes differ in torch: 1 on node 0 (localhost); 2 on node 1 (localhost)"
+
+
+IB = {"name": "mlx5_0:1", "state": "ACTIVE", "link_layer": "InfiniBand", "rate": "400 Gb/sec"}
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"cores": 32}, "cores: 64 on a, c; 32 on b"),
+        ({"numa_nodes": 1}, "NUMA nodes: 2 on a, c; 1 on b"),
+        ({"gpu_topology": "NV18"}, "GPU topology (nvidia-smi topo -m): none on a, c; kind 2 on b"),
+        (
+            {"rdma_ports": [IB, IB | {"name": "mlx5_1:1"}, IB | {"state": "DOWN"}]},
+            "RDMA ports: none active on a, c; 2 x InfiniBand 400 Gb/sec on b",
+        ),
+        (
+            {"interface": {"name": "eth0", "mtu": 1500, "speed_mbit_per_s": 100}},
+            "speed of the interface towards node 0: 1Gbit/s on a, c; 100Mbit/s on b",
+        ),
+        (
+            {"interface": {"name": "eth0", "mtu": 9000, "speed_mbit_per_s": 1000}},
+            "MTU towards node 0: 1500 on a, c; 9000 on b",
+        ),
+    ],
+)
+def test_nodes_that_are_built_differently_are_a_warning(more, text):
+    three = [node("a", {}), node("b", {}) | more, node("c", {})]
+    assert advice.differences(three) == [("warning", f"nodes differ in {text}")]
 
 
 def link(a, b, up, down, rtt=1e-4, **more):

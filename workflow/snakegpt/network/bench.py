@@ -147,7 +147,7 @@ def _own_address(meeting: Meeting) -> str:
 def _refuse_differences(inventories: list[dict[str, Any]]) -> list[str]:
     """Warnings about what differs between nodes; UserError if it keeps ranks from running together."""
     found = advice.differences(inventories)
-    ranks = {node["host"]: str(node["ranks"]) for node in inventories}
+    ranks = {name: str(node["ranks"]) for name, node in advice.by_name(inventories).items()}
     if len(set(ranks.values())) > 1:
         counts = ", ".join(f"{n} on {host}" for host, n in ranks.items())
         text = (
