@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from snakegpt.command import block
+from snakegpt.settings import Model, Training
 
 ROOT = Path(__file__).parent.parent
 PROFILES = sorted(path.parent.name for path in ROOT.glob("profiles/*/profile.yaml"))
@@ -92,8 +95,26 @@ def test_the_manifest_of_several_nodes_is_consistent():
     assert f'"nodes": {nodes}' in container["args"][0]
     gpus = "nvidia.com/gpu"
     assert container["resources"]["limits"][gpus] == container["resources"]["requests"][gpus]
-    volumes = {volume["name"] for volume in pod["volumes"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == volumes.keys()
+    # The volume that the executor's pods leave tokens on, whose results/ is there.
+    claim, path = profile("kubernetes")["kubernetes-persistent-volumes"][0].split(":")
+    assert volumes["snakegpt"]["persistentVolumeClaim"]["claimName"] == claim
+    assert mounts["snakegpt"] == container["workingDir"] == path
+
+
+def test_settings_for_the_manifest_are_made_as_it_says(tmp_path):
+    """By the command in its comment; training takes them."""
+    text = (ROOT / "envs/kubernetes/training.yaml").read_text(encoding="utf-8")
+    (code,) = re.findall(r'python -c "(.*?)" > settings.json', text, re.DOTALL)
+    command = [sys.executable, "-c", code.replace("\n#   ", "\n")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"]["layers"] == 12  # of the published recipe
+    assert block(Training, found["training"], "training").steps > 10_000
+    assert block(Model, found["model"], "model").context == 1024
 
 
 def test_the_kubernetes_profile_says_everywhere_the_same():
