@@ -313,6 +313,16 @@ def test_datagrams_that_were_asked_for_are_not_left_out_silently():
     assert row["reason"] == {"udp": "iperf3 is not installed on both nodes"}
 
 
+def test_a_rate_that_cannot_be_counted_is_missing_with_its_reason(monkeypatch):
+    monkeypatch.setattr(links, "_send_for", lambda connection, seconds: None)
+    port = free_port()
+    with links.serving("127.0.0.1", port, by_iperf3=False):
+        row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.2)
+    assert row["up"] is row["down"] is None
+    assert all("too little arrived" in row["reason"][way] for way in ("up", "down"))
+    json.dumps(row, allow_nan=False)
+
+
 def test_a_port_that_is_taken_is_named():
     port = free_port()
     with (

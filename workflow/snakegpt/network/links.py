@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import socket
 import threading
 import time
@@ -126,6 +127,8 @@ def measure_link(
         for name, way in (("up", SEND), ("down", RECEIVE)):
             try:
                 rate = plain_tcp(address, port, way, seconds)
+                if math.isnan(rate):  # which JSON does not know
+                    raise OSError("too little arrived to count")
                 row[name] = {"streams": 1, "bits_per_second": rate, "gb_per_s": rate / 8e9}
             except OSError as error:
                 row[name], reason[name] = None, f"{address}:{port}: {error}"
