@@ -4,11 +4,22 @@ import gc
 import inspect
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import Quietness
+from snakemake_interface_executor_plugins.settings import DeploymentMethod
+
+# The checkout's own code runs, here and in jobs, whose Python may have another snakegpt (an image's) or
+# none (a conda environment's).
+CODE = str(Path(workflow.basedir, "workflow").resolve())
+sys.path.insert(0, CODE)
+# By the command itself, since Snakemake (9.27) takes the variable from jobs in conda environments.
+shell.prefix(
+    f"set -euo pipefail; export PYTHONPATH={shlex.quote(CODE)}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
+)
 
 from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError, nearest
@@ -40,6 +51,27 @@ gc.set_threshold(50_000, 20, 100)
 
 # Jobs call the Python that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
+
+# What `--software-deployment-method apptainer` runs rules in; without that it is not looked at.
+IMAGE = os.environ.get("SNAKEGPT_IMAGE", "envs/snakegpt.sif")
+
+
+container: IMAGE
+
+
+def require_image():
+    """apptainer itself would say no at the first job, and not how to come by an image."""
+    if DeploymentMethod.APPTAINER not in workflow.deployment_settings.deployment_method:
+        return
+    if "://" not in IMAGE and not Path(IMAGE).exists():
+        raise UserError(
+            f"the image {IMAGE} is not there.\n"
+            "  apptainer build envs/snakegpt.sif envs/snakegpt.def makes it; or name another one, a file"
+            " or docker://..., in SNAKEGPT_IMAGE"
+        )
+
+
+user_error_as_workflow_error(require_image)
 
 # A job on another node reads this file again, and must see the machine that its measurements were asked
 # for on: Slurm's jobs get this process's environment, a pod what is declared.

@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from snakegpt import launching, nodes, outcomes
 from snakegpt.errors import RETRY, Interrupted, UserError
@@ -130,6 +131,17 @@ def test_a_node_that_never_comes_is_named_in_bounded_time(tmp_path, present, tol
     assert time.monotonic() - started < 60  # two of them waiting, the rest imports
     assert done.returncode == 2
     assert told.format(port=port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_an_interface_that_does_not_exist_is_named_before_ranks_start(slurm, tmp_path, nodes):
+    """gloo would end each rank with a traceback."""
+    ranks = {"nodes": 1, "ranks_per_node": "auto", "ranks": 2} if nodes == 1 else {}
+    command = training(tokens(tmp_path / "tokens"), tmp_path / "out", **ranks)
+    done = finish(command, {"GLOO_SOCKET_IFNAME": "nope0"})
+    assert done.returncode == 2, done.stderr
+    assert "GLOO_SOCKET_IFNAME = nope0 in the environment, but" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -311,14 +323,27 @@ def test_advice_is_used_and_said(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     host = launching.socket.gethostname()
+    name = next(iter(psutil.net_if_addrs()))
     measured = {
         "nodes": [{}, {}],
         "environment": {"NCCL_DEBUG": "WARN"},
-        "environment_by_host": {host: {"GLOO_SOCKET_IFNAME": "ib0"}, "other": {"NCCL_X": "1"}},
+        "environment_by_host": {host: {"GLOO_SOCKET_IFNAME": name}, "other": {"NCCL_X": "1"}},
     }
     found, said = advice(tmp_path, capsys, 2, measured)
-    assert found == {"GLOO_SOCKET_IFNAME": "ib0"}
-    assert "launches with GLOO_SOCKET_IFNAME=ib0, NCCL_DEBUG=INFO of the environment wins" in said
+    assert found == {"GLOO_SOCKET_IFNAME": name}
+    assert f"launches with GLOO_SOCKET_IFNAME={name}, NCCL_DEBUG=INFO of the environment" in said
+
+
+def test_advice_of_an_interface_that_this_host_lacks_is_left_aside(tmp_path, capsys):
+    """Slurm gave other nodes than it measured on."""
+    measured = {
+        "nodes": [{"host": "a"}, {"host": "b"}],
+        "environment": {"NCCL_SOCKET_IFNAME": "=nope0", "NCCL_DEBUG": "WARN"},
+    }
+    found, said = advice(tmp_path, capsys, 2, measured)
+    assert found == {}
+    assert "was measured on a, b; " in said
+    assert "has no interface nope0: its advice is left aside" in said
 
 
 def test_advice_for_another_number_of_nodes_is_left_aside(tmp_path, capsys):

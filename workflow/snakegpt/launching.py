@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from snakegpt.distributed import SAVE_TIMEOUT_S
 from snakegpt.durable import write_text_atomically
 from snakegpt.errors import RETRY, USER_ERROR
@@ -212,6 +214,15 @@ def advised_environment(network: Path | None, nodes: int, *, label: str) -> dict
         )
         return {}
     found = network_environment(measured)
+    here = psutil.net_if_addrs()
+    absent = [n for n, v in found.items() if n.endswith("_IFNAME") and v.lstrip("=") not in here]
+    if absent:
+        hosts = ", ".join(node.get("host", "?") for node in measured.get("nodes") or ())
+        say(
+            f"{label}  {network} was measured on {hosts}; {socket.gethostname()} has no interface"
+            f" {found[absent[0]].lstrip('=')}: its advice is left aside"
+        )
+        return {}
     if found:
         taken = {n: v for n, v in found.items() if n not in os.environ}
         left = [f"{n}={os.environ[n]} of the environment wins" for n in found if n not in taken]

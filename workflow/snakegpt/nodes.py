@@ -115,7 +115,7 @@ def on_every_node(
         missing = "srun is not installed here" if srun is None else "this is no Slurm job"
         raise UserError(
             f"execution.nodes = {nodes}, but {missing}.\n"
-            "  run it with --profile profiles/slurm; or by hand, the stage's command on every node with\n"
+            "  run it with --workflow-profile profiles/slurm; or by hand, the stage's command on every node with\n"
             f"  {NODE}=0/{nodes} (1/{nodes}, ...) and {RENDEZVOUS}=HOST:PORT of node 0; or set nodes to 1"
         )
     allocated = _allocated_nodes(job)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import socket
 import threading
 import time
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from snakegpt.errors import UserError
 from snakegpt.network import iperf
 from snakegpt.network.meeting import Meeting
-from snakegpt.nodes import MEASURING_PORT
+from snakegpt.nodes import MEASURING_PORT, RENDEZVOUS
 
 ROUND_TRIPS = 300
 STREAMS = 4  # of the test that shows whether one stream fills the wire
@@ -120,9 +122,13 @@ def measure_link(
                 reason[name] = why
     else:
         row["method"] = "plain TCP, since iperf3 is not installed on both nodes"
+        if udp_bit_per_s:
+            reason["udp"] = "iperf3 is not installed on both nodes"
         for name, way in (("up", SEND), ("down", RECEIVE)):
             try:
                 rate = plain_tcp(address, port, way, seconds)
+                if math.isnan(rate):  # which JSON does not know
+                    raise OSError("too little arrived to count")
                 row[name] = {"streams": 1, "bits_per_second": rate, "gb_per_s": rate / 8e9}
             except OSError as error:
                 row[name], reason[name] = None, f"{address}:{port}: {error}"
@@ -188,12 +194,23 @@ def _receive_rate(connection: socket.socket, seconds: float) -> float:
 
 @contextlib.contextmanager
 def serving(address: str, port: int, by_iperf3: bool) -> Iterator[None]:
-    """The other side of `measure_link`, for as long as the block lasts."""
+    """The other side of `measure_link`, for as long as the block lasts.
+
+    raises   UserError if this node cannot listen there
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.ExitStack() as stack:
         program = iperf.program() if by_iperf3 else None
-        if program:
-            stack.enter_context(iperf.server(program, address, port + 1))
-        listener = stack.enter_context(socket.create_server((address, port)))
+        try:
+            if program:
+                stack.enter_context(iperf.server(program, address, port + 1))
+            listener = stack.enter_context(socket.create_server((address, port), family=family))
+        except OSError as error:
+            what = "iperf3 did not start listening" if isinstance(error, TimeoutError) else error
+            raise UserError(
+                f"{socket.gethostname()} cannot listen at {address}, port {port} or {port + 1}: {what}.\n"
+                f"  choose another port in {RENDEZVOUS}; this is {MEASURING_PORT} above it"
+            ) from None
         threading.Thread(target=_serve, args=(listener,), daemon=True).start()
         yield
         # Wakes accept, which closing the descriptor alone does not.

@@ -33,6 +33,7 @@ from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
 from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
+from snakegpt.network.interfaces import require_known
 from snakegpt.network.meeting import Meeting, told_to_all
 from snakegpt.nodes import choose_ranks_per_node, on_every_node, place_of
 from snakegpt.outcomes import reporting_outcome
@@ -142,13 +143,14 @@ def train_model(
             "stop_timeout_s": execution.stop_timeout_s,
         }
         if place is None:
+            require_known(os.environ)
             restarts, progress = execution.restarts, lambda: newest_step(state)
             launching.launch(MODULE, arguments, restarts=restarts, progress=progress, **how)
             return
         # torchrun would say that a node is missing, but not which.
         wait_s = execution.hang_timeout_s or launching.START_TIMEOUT_S
         with told_to_all(Meeting(place, wait_s)):
-            pass
+            require_known(os.environ)
         launching.run_ranks(
             MODULE, arguments, place, share_outcome=True, start_timeout_s=wait_s, **how
         ).raise_for_status()
