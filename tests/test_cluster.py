@@ -80,7 +80,14 @@ def test_from_text_to_report_on_two_nodes(locked):
     assert process.wait(LIMIT_S) == 0, locked.words() + locked.training_log()
     words = locked.words()
     jobs = {rule for rule in re.findall(r"rule (\w+):", words) if rule != "report_tiny"}
-    assert jobs >= {"bench_network", "plan_training", "train_model", "evaluate_model"}
+    assert jobs >= {
+        "bench_network",
+        "plan_training",
+        "train_model",
+        "evaluate_model",
+        "encode_parts",
+    }
+    assert "localrule encode_tokens:" in words  # what that job encoded is looked up
     assert (locked.folder / "results/reports/tiny/report.html").stat().st_size > 0
     network = json.loads((locked.folder / "results/networks/tiny/network.json").read_text())
     assert len({node["host"] for node in network["nodes"]} & {"node1", "node2", "node3"}) == 2
