@@ -313,6 +313,27 @@ def test_datagrams_that_were_asked_for_are_not_left_out_silently():
     assert row["reason"] == {"udp": "iperf3 is not installed on both nodes"}
 
 
+@pytest.mark.parametrize(("failures", "told"), [(2, None), (3, "unable to read from stream")])
+def test_datagrams_are_tried_again_since_the_first_may_be_lost(monkeypatch, failures, told):
+    tried = []
+
+    def measure(program, address, port, *, seconds, udp_bit_per_s=None, **options):
+        tried.append(udp_bit_per_s)
+        if udp_bit_per_s and tried.count(udp_bit_per_s) <= failures:
+            return None, "iperf3 failed: unable to read from stream"
+        return {"bits_per_second": udp_bit_per_s}, None
+
+    monkeypatch.setattr(links.iperf, "measure", measure)
+    monkeypatch.setattr(links.iperf, "program", lambda: "iperf3")
+    port = free_port()
+    with links.serving("127.0.0.1", port, by_iperf3=False):
+        row = links.measure_link("127.0.0.1", port, True, 0.3, udp_bit_per_s=1e6)
+    assert tried.count(1e6) == 3
+    assert tried.count(None) == 3  # TCP sends again by itself
+    assert (row["udp"] is None) == bool(told)
+    assert told is None or told in row["reason"]["udp"]
+
+
 def test_a_rate_that_cannot_be_counted_is_missing_with_its_reason(monkeypatch):
     monkeypatch.setattr(links, "_send_for", lambda connection, seconds: None)
     port = free_port()
