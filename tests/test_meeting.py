@@ -77,7 +77,7 @@ LEADS = """
 import sys, time
 from snakegpt.nodes import Place
 from snakegpt.network.meeting import Meeting
-met = Meeting(Place(0, 2, "127.0.0.1", int(sys.argv[1])), 20)
+met = Meeting(Place(0, 2, "127.0.0.1", int(sys.argv[1])), 60)
 print("met", flush=True)
 time.sleep(100)
 """
@@ -96,8 +96,9 @@ def node_0():
 def test_a_first_node_that_hangs_is_named_as_well(node_0):
     """The meeting is in its process, whose host goes on accepting connections and bytes."""
     process, port = node_0
-    met = Meeting(Place(1, 2, "127.0.0.1", port), 2)
+    met = Meeting(Place(1, 2, "127.0.0.1", port), 60)  # imports torch there first
     assert process.stdout and process.stdout.readline() == "met\n"
+    met.wait_s = 2
     os.kill(process.pid, signal.SIGSTOP)
     started = time.monotonic()
     with (
