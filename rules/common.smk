@@ -134,15 +134,16 @@ def encode_jobs():
     A profile sets it as a resource of encode_parts: what it says in `config:` would be lost to a --config
     of the command line, and it is no setting of results.
     """
-    asked = workflow.resource_settings.overwrite_resources.get("encode_parts", {}).get("jobs")
-    if asked is None:
+    resources = workflow.resource_settings.overwrite_resources.get("encode_parts", {})
+    if "jobs" not in resources:
         return None
-    if not (isinstance(asked.raw, int) and asked.raw > 0):
+    jobs = resources["jobs"].raw
+    if not (isinstance(jobs, int) and jobs > 0):
         raise UserError(
-            f"resource jobs of rule encode_parts = {asked.raw!r}, a number from 1 on is wanted.\n"
+            f"resource jobs of rule encode_parts = {jobs!r}, a number from 1 on is wanted.\n"
             "  change it in set-resources of the profile, or leave it out for one job a part"
         )
-    return asked.raw
+    return jobs
 
 
 ENCODE_JOBS = user_error_as_workflow_error(encode_jobs)

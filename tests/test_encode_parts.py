@@ -73,6 +73,15 @@ def test_a_part_that_fails_costs_none_that_was_done_before(seven):
     assert parts("found in the store", text) == ["000000", "000001"]
 
 
+def test_other_resources_of_the_rule_ask_for_no_batches(seven):
+    status, text = made(
+        seven, None, "-n", "--forceall", "--set-resources", "encode_parts:mem_mb=500"
+    )
+    assert status == 0, text
+    assert started("encode_tokens", text) == 7
+    assert not started("encode_parts", text)
+
+
 def test_what_is_no_number_of_jobs_is_refused(seven):
     for wrong in ("0", "many"):
         status, text = made(seven, wrong)
