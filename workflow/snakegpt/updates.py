@@ -187,8 +187,9 @@ class Updates:
 
     def _gradients(self, place: int) -> None:
         """Gradients of the mean loss of a step, summed over micro-batches and ranks."""
-        if not self.strategy.network.training:
-            self.strategy.network.train()
+        # Of the model: what ddp wraps around it has a flag of its own, which validation leaves alone.
+        if not self.model.training:
+            self.model.train()
         counts = self.strategy.begin(self.accumulation)
         self._losses_of_step = []
         for index in range(self.accumulation):
