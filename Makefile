@@ -31,7 +31,7 @@ format: setup
 	ruff format .
 	snakefmt Snakefile rules
 
-# The JSON schema and the settings reference, from workflow/snakegpt/settings.py.
+# The JSON schema and the settings reference, from workflow/snakegpt/settings/.
 generate: setup
 	python -m snakegpt.reference
 
@@ -54,4 +54,6 @@ lock:
 	python3 -m pip --python .venv-lock/bin/python install --quiet -r envs/requirements.in
 	(echo "# Every package of the tested environment, by \`make lock\` from envs/requirements.in."; \
 	  python3 -m pip --python .venv-lock/bin/python freeze --all | sed 's/+cpu$$//') > envs/requirements.lock
+	(sed '/- pip:$$/q' envs/snakegpt.yaml; sed -n 's/^[^#]/      - &/p' envs/requirements.lock) > envs/snakegpt.new
+	mv envs/snakegpt.new envs/snakegpt.yaml
 	rm -rf .venv-lock

@@ -1,14 +1,26 @@
 # What the rules share: the checked settings and functions that ask the pipeline. No rules here.
 import atexit
+import functools
 import gc
 import inspect
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.settings.enums import Quietness
+from snakemake_interface_executor_plugins.settings import DeploymentMethod
+
+# The checkout's own code runs, here and in jobs, whose Python may have another snakegpt (an image's) or
+# none (a conda environment's).
+CODE = str(Path(workflow.basedir, "workflow").resolve())
+sys.path.insert(0, CODE)
+# By the command itself, since Snakemake (9.27) takes the variable from jobs in conda environments.
+shell.prefix(
+    f"set -euo pipefail; export PYTHONPATH={shlex.quote(CODE)}${{{{PYTHONPATH:+:$PYTHONPATH}}}}; "
+)
 
 from snakegpt.durable import write_text_atomically
 from snakegpt.errors import UserError, nearest
@@ -40,6 +52,27 @@ gc.set_threshold(50_000, 20, 100)
 
 # Jobs call the Python that runs Snakemake, also when its environment is not activated.
 os.environ.update(PATH=f"{os.path.dirname(sys.executable)}:{os.environ.get('PATH', '')}")
+
+# What `--software-deployment-method apptainer` runs rules in; without that it is not looked at.
+IMAGE = os.environ.get("SNAKEGPT_IMAGE", "envs/snakegpt.sif")
+
+
+container: IMAGE
+
+
+def require_image():
+    """apptainer itself would say no at the first job, and not how to come by an image."""
+    if DeploymentMethod.APPTAINER not in workflow.deployment_settings.deployment_method:
+        return
+    if "://" not in IMAGE and not Path(IMAGE).exists():
+        raise UserError(
+            f"the image {IMAGE} is not there.\n"
+            "  apptainer build envs/snakegpt.sif envs/snakegpt.def makes it; or name another one, a file"
+            " or docker://..., in SNAKEGPT_IMAGE"
+        )
+
+
+user_error_as_workflow_error(require_image)
 
 # A job on another node reads this file again, and must see the machine that its measurements were asked
 # for on: Slurm's jobs get this process's environment, a pod what is declared.
@@ -95,12 +128,33 @@ def one_of(names):
     return "|".join(names) or "none_defined"
 
 
+def encode_jobs():
+    """Jobs that the parts of a corpus are encoded in, at most; None: one a part, as on one machine.
+
+    A profile sets it as a resource of encode_parts: what it says in `config:` would be lost to a --config
+    of the command line, and it is no setting of results.
+    """
+    asked = workflow.resource_settings.overwrite_resources.get("encode_parts", {}).get("jobs")
+    if asked is None:
+        return None
+    if not (isinstance(asked.raw, int) and asked.raw > 0):
+        raise UserError(
+            f"resource jobs of rule encode_parts = {asked.raw!r}, a number from 1 on is wanted.\n"
+            "  change it in set-resources of the profile, or leave it out for one job a part"
+        )
+    return asked.raw
+
+
+ENCODE_JOBS = user_error_as_workflow_error(encode_jobs)
+
+
 wildcard_constraints:
     corpus=one_of([*SETTINGS.corpora, *SETTINGS.mixtures]),
     tokenizer=one_of(SETTINGS.tokenizers),
     weights=one_of(SETTINGS.weights),
     experiment=one_of(SETTINGS.experiments),
     part=r"\d{6}",
+    batch=r"\d{6}",
 
 
 def request_of(stage, wildcards):
@@ -145,22 +199,26 @@ def arguments_of(stage):
     """
 
     def arguments(wildcards, output):
-        request = request_of(stage, wildcards)
-        words = [stage, request.name, "--output", request.folder]
-        words += ["--store", SETTINGS.store.path]
-        words += ["--check", SETTINGS.store.check, "--link", SETTINGS.store.link]
-        if SETTINGS.store.remote:
-            words += ["--remote", SETTINGS.store.remote]
-            words += [] if SETTINGS.store.push else ["--no-push"]
-        words += ["--settings", json.dumps(request.settings)]
-        words += ["--execution", json.dumps(request.execution)]
-        for role, paths in request.inputs.items():
-            words += ["--input", role, *paths]
-        for role, paths in request.unhashed.items():
-            words += ["--unhashed", role, *paths]
-        return on_a_command_line(words)
+        return on_a_command_line(words_for(request_of(stage, wildcards)))
 
     return signed(arguments)
+
+
+def words_for(request):
+    """The runner's arguments for a run."""
+    words = [request.stage, request.name, "--output", request.folder]
+    words += ["--store", SETTINGS.store.path]
+    words += ["--check", SETTINGS.store.check, "--link", SETTINGS.store.link]
+    if SETTINGS.store.remote:
+        words += ["--remote", SETTINGS.store.remote]
+        words += [] if SETTINGS.store.push else ["--no-push"]
+    words += ["--settings", json.dumps(request.settings)]
+    words += ["--execution", json.dumps(request.execution)]
+    for role, paths in request.inputs.items():
+        words += ["--input", role, *paths]
+    for role, paths in request.unhashed.items():
+        words += ["--unhashed", role, *paths]
+    return words
 
 
 def on_a_command_line(words):
@@ -171,12 +229,72 @@ def on_a_command_line(words):
     """
     if sum(map(len, words)) < 60_000:  # half, for quotes and the rest of the command
         return words
-    text = json.dumps(words)
-    file = Path(".snakemake", "snakegpt", f"{digest(words)}.json")
+    return in_a_file(words)
+
+
+def in_a_file(given):
+    """The runner's arguments for one run, or a list of them for several, as the name of a file with them."""
+    file = Path(".snakemake", "snakegpt", f"{digest(given)}.json")
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, text)
+        write_text_atomically(file, json.dumps(given))
     return [f"@{file}"]
+
+
+# ---- parts in batches ----
+
+
+@functools.cache
+def batches(corpus):
+    """The parts of a corpus, neighbours together, in as many batches as there may be jobs."""
+    parts = list(PIPELINE.parts(corpus))
+    n = min(ENCODE_JOBS, len(parts)) if ENCODE_JOBS else len(parts)
+    bounds = [len(parts) * k // n for k in range(n + 1)]
+    return [parts[begin:end] for begin, end in zip(bounds, bounds[1:])]
+
+
+@functools.cache
+def batch_of_part(corpus):
+    return {part: batch for batch, parts in enumerate(batches(corpus)) for part in parts}
+
+
+def requests_of_batch(wildcards):
+    names = {"corpus": wildcards.corpus, "tokenizer": wildcards.tokenizer}
+    return [
+        user_error_as_workflow_error(PIPELINE.request, "encode_tokens", {**names, "part": part})
+        for part in batches(wildcards.corpus)[int(wildcards.batch)]
+    ]
+
+
+def inputs_of_batch(wildcards):
+    """Those of any part: what differs between them is inside the corpus."""
+    request = requests_of_batch(wildcards)[0]
+    return {**request.inputs, **request.unhashed}
+
+
+def settings_of_batch(wildcards):
+    return digest([request.settings for request in requests_of_batch(wildcards)])
+
+
+def arguments_of_batch(wildcards, output):
+    return in_a_file([words_for(request) for request in requests_of_batch(wildcards)])
+
+
+def inputs_of_part():
+    """What encode_tokens reads, and where parts are encoded together the mark that their job leaves."""
+    inputs = inputs_of("encode_tokens")
+    if ENCODE_JOBS is None:
+        return inputs
+
+    def with_batch(wildcards):
+        batch = batch_of_part(wildcards.corpus)[wildcards.part]
+        folder = f"results/tokens/{wildcards.corpus}-{wildcards.tokenizer}"
+        return {**inputs(wildcards), "batch": f"{folder}/batch_{batch:06d}.done"}
+
+    return signed(with_batch)
+
+
+# ---- what the machine is asked for ----
 
 
 # Ranks beyond eight on one CPU only divide small batches further (see distributed.choose_ranks).

@@ -106,9 +106,34 @@ rule screen_documents:
         "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
 
 
+# On a cluster whose profile says so: several parts by one job. Each then is a look-up for encode_tokens, which
+# runs beside Snakemake.
+rule encode_parts:
+    input:
+        unpack(inputs_of_batch),
+    output:
+        done=temp(touch("results/tokens/{corpus}-{tokenizer}/batch_{batch}.done")),
+    log:
+        "logs/encode_parts/{corpus}-{tokenizer}/{batch}.log",
+    benchmark:
+        "logs/encode_parts/{corpus}-{tokenizer}/{batch}.tsv"
+    conda:
+        "../envs/snakegpt.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=240,
+    params:
+        settings=settings_of_batch,
+        code=code_of_stage("encode_tokens"),
+        arguments=arguments_of_batch,
+    shell:
+        "python -m snakegpt.run {params.arguments:q} --threads {threads} --log {log:q}"
+
+
 rule encode_tokens:
     input:
-        unpack(inputs_of("encode_tokens")),
+        unpack(inputs_of_part()),
     output:
         train="results/tokens/{corpus}-{tokenizer}/train_{part}.bin",
         val="results/tokens/{corpus}-{tokenizer}/val_{part}.bin",
@@ -117,6 +142,7 @@ rule encode_tokens:
         "logs/encode_tokens/{corpus}-{tokenizer}/{part}.log",
     benchmark:
         "logs/encode_tokens/{corpus}-{tokenizer}/{part}.tsv"
+    localrule: ENCODE_JOBS is not None
     conda:
         "../envs/snakegpt.yaml"
     threads: 1

@@ -54,6 +54,8 @@ LAYERS = [
         "distributed",
         "hardware",
         "launching",
+        "nodes",
+        "outcomes",
         "batches",
         "prefetch",
         "placement",

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 from snakegpt.network.collectives import message_sizes
+from test_meeting import free_port
 
 MODEL = {"layers": 1, "heads": 2, "channels": 64, "context": 32, "vocabulary_multiple": 4}
 N_VOCAB = 1001
@@ -76,3 +78,32 @@ def test_ranks_that_training_could_not_use_are_refused(bench):
     assert "does not divide" in done.stderr
     assert "Traceback" not in done.stderr
     assert found is None
+
+
+HAS_IPV6 = any(a.address == "::1" for of in psutil.net_if_addrs().values() for a in of)
+
+
+@pytest.mark.parametrize("host", ["localhost", "[::1]"] if HAS_IPV6 else ["localhost"])
+def test_two_nodes_measure_their_link_and_each_other(tmp_path, host):
+    """Both on this machine, as people start them by hand; tests/test_network_lab.py has wires between them."""
+    how = {"device": "cpu", "ranks_per_node": 1, "network_test_s": 1, "threads": 1}
+    command = [sys.executable, "-m", "snakegpt.stages.bench_network", "--out", str(tmp_path)]
+    command += ["--settings", json.dumps({"model": {**MODEL, "vocabulary_multiple": 1}})]
+    command += ["--execution", json.dumps(how)]
+    plain = {**os.environ, "PATH": os.path.dirname(sys.executable), "OMP_NUM_THREADS": "1"}
+    rendezvous = f"{host}:{free_port()}"
+    nodes = []
+    for node in range(2):
+        place = {"SNAKEGPT_NODE": f"{node}/2", "SNAKEGPT_RENDEZVOUS": rendezvous}
+        nodes.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=plain | place)
+        )
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in nodes]
+    assert [status for _, status in ends] == [0, 0], ends
+    found = json.loads((tmp_path / "network.json").read_text(encoding="utf-8"))
+    (link,) = found["links"]
+    assert "plain TCP" in link["method"]
+    assert min(link[way]["bits_per_second"] for way in ("up", "down")) > 1e7
+    assert [node["speed"]["matmul_flops_per_s"] > 0 for node in found["nodes"]] == [True, True]
+    assert found["ranks"] == 2
+    assert all(row["n_wrong"] == 0 for row in found["all_reduce"])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from snakegpt import bpe_training
 from snakegpt.bpe_training import hash_of, sample_limit, train
-from snakegpt.documents import Document
+from snakegpt.documents.document import Document
 from snakegpt.errors import UserError
 from snakegpt.tokenizers import PATTERNS, load
 

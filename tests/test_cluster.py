@@ -80,7 +80,14 @@ def test_from_text_to_report_on_two_nodes(locked):
     assert process.wait(LIMIT_S) == 0, locked.words() + locked.training_log()
     words = locked.words()
     jobs = {rule for rule in re.findall(r"rule (\w+):", words) if rule != "report_tiny"}
-    assert jobs >= {"bench_network", "plan_training", "train_model", "evaluate_model"}
+    assert jobs >= {
+        "bench_network",
+        "plan_training",
+        "train_model",
+        "evaluate_model",
+        "encode_parts",
+    }
+    assert "localrule encode_tokens:" in words  # what that job encoded is looked up
     assert (locked.folder / "results/reports/tiny/report.html").stat().st_size > 0
     network = json.loads((locked.folder / "results/networks/tiny/network.json").read_text())
     assert len({node["host"] for node in network["nodes"]} & {"node1", "node2", "node3"}) == 2
@@ -151,7 +158,7 @@ def short_of_time(project, job):
     project.slurm.command(0, ["scontrol", "update", f"job={job}", "TimeLimit=3"])
     ends(project, job, 90)
     assert "JobState=FAILED" in shown(project, job)
-    assert "stopped with its state saved" in project.said_by(job)
+    assert "saved its state at step" in project.said_by(job)
 
 
 def rank_killed(project, job):
@@ -275,7 +282,7 @@ def test_what_does_not_leave_at_its_limit_is_killed_and_loses_what_it_did_since_
         locked.slurm.command(0, ["scontrol", "update", f"job={job}", "TimeLimit=1"])
         ends(locked, job, 180)
         assert "JobState=TIMEOUT" in shown(locked, job)
-        assert "stopped with its state saved" not in locked.said_by(job)
+        assert "saved its state at step" not in locked.said_by(job)
         reached = [line for line in locked.state_metrics() if line["event"] == "train"]
     (resume,) = (line for line in locked.metrics() if line["event"] == "resume")
     elapsed_s = {line["step"]: line["elapsed_s"] for line in reached}
@@ -313,7 +320,7 @@ def test_a_second_snakemake_puts_no_second_trainer_on_a_state(locked, undisturbe
 
 def test_more_nodes_than_the_job_has_are_refused(locked):
     command = [sys.executable, "-c",
-               "import os; from pathlib import Path; from snakegpt.launching import on_every_node;"
+               "import os; from pathlib import Path; from snakegpt.nodes import on_every_node;"
                "on_every_node('x', [], nodes=3, threads=1, shared=Path('x'))"]  # fmt: skip
     inside = ["srun", "-N1", "bash", "-c", f'cd {locked.folder}; exec "$@"', "x", *command]
     with pytest.raises(RuntimeError, match=r"execution.nodes = 3, but Slurm job \d+ has 1"):

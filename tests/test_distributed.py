@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
-
 import pytest
 import torch
 from snakegpt import distributed
@@ -17,7 +12,6 @@ from snakegpt.distributed import (
     choose_ranks,
     choose_slices,
     choose_strategy,
-    network_environment,
 )
 from snakegpt.errors import UserError
 
@@ -42,23 +36,6 @@ def test_several_ranks_do_not_share_one_mps_device():
     assert choose_ranks("auto", device="mps", rows=12, threads=16) == 1
     with pytest.raises(UserError, match=r"ranks = 2, but there is one mps(.|\n)*to 1 or auto"):
         choose_ranks(2, device="mps", rows=12, threads=16)
-
-
-def test_a_full_disk_is_a_message_of_a_rank_too(monkeypatch, tmp_path):
-    """Not an error of ours, with a traceback and new attempts."""
-    outcome = tmp_path / "outcome.json"
-    monkeypatch.setenv(distributed.OUTCOME, str(outcome))
-    monkeypatch.setenv(distributed.AGENT, str(os.getppid()))
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(distributed, "_die_with", lambda parent: None)
-    ended = []
-    monkeypatch.setattr(distributed.os, "_exit", ended.append)
-    with distributed.reporting_outcome():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "store/state/x")
-    assert ended == [2]
-    told = json.loads(outcome.read_text())
-    assert told["status"] == 2
-    assert told["text"].startswith("store/state/x: No space left on device.\n  free some:")
 
 
 def test_ranks_that_do_not_divide_the_rows_are_refused_with_those_that_do():
@@ -97,76 +74,10 @@ def test_micro_batches_divide_the_share_and_respect_memory():
         choose_micro_rows(5, share=12, **small)
 
 
-def test_only_network_variables_are_taken_from_the_measurement():
-    measured = {"environment": {"GLOO_SOCKET_IFNAME": "lo", "NCCL_X": 1, "LD_PRELOAD": "evil.so"}}
-    assert network_environment(measured) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_X": "1"}
-    assert network_environment({}) == {}
-
-
 def test_one_process_is_a_group_of_one():
     with distributed.joined("cpu") as group:
         assert (group.rank, group.ranks, group.leads) == (0, 1, True)
         assert group.sum(torch.tensor([2.0])).item() == 2.0
-
-
-# ---- starting again --------------------------------------------------------------------------
-
-
-def attempts(monkeypatch, endings, *, restarts, steps=()) -> int:
-    """How often ranks are started when they end so; `steps` is what is asked of after each end."""
-    started = []
-
-    def once(*_):
-        started.append(1)
-        ending = endings[len(started) - 1]
-        if ending is not None:
-            raise ending
-
-    reached = iter([0, *steps, *[0] * 9])
-    monkeypatch.setattr(distributed, "_launch_once", once)
-    with contextlib.suppress(SystemExit):
-        distributed.launch(
-            *("module", []),
-            ranks=2,
-            threads=2,
-            environment={},
-            restarts=restarts,
-            progress=lambda: next(reached),
-        )
-    return len(started)
-
-
-def killed() -> distributed.RankFailed:
-    return distributed.RankFailed("a rank was killed by SIGKILL", by_chance=True)
-
-
-def erred() -> distributed.RankFailed:
-    return distributed.RankFailed("rank 1: Traceback ...", by_chance=False)
-
-
-def test_ranks_start_again_after_one_was_killed_as_often_as_allowed(monkeypatch, capsys):
-    assert attempts(monkeypatch, [killed()] * 9, restarts=2) == 3
-    said = capsys.readouterr().err
-    assert said.count("starts again from the last saved state") == 2
-    assert attempts(monkeypatch, [killed(), None], restarts=2) == 2
-    assert attempts(monkeypatch, [killed()] * 9, restarts=0) == 1
-
-
-def test_progress_makes_room_for_new_restarts(monkeypatch):
-    # Two restarts are used up when the third attempt saves step 5: then there are two more.
-    assert attempts(monkeypatch, [killed()] * 9, restarts=2, steps=[0, 0, 5, 5, 5]) == 5
-    assert attempts(monkeypatch, [killed()] * 9, restarts=2, steps=[0, 5, 5, 5, 5]) == 4
-
-
-def test_an_error_of_ours_is_tried_again_only_after_progress(monkeypatch):
-    assert attempts(monkeypatch, [erred()] * 9, restarts=3) == 1
-    assert attempts(monkeypatch, [erred()] * 9, restarts=3, steps=[4, 8, 8]) == 3
-
-
-def test_less_memory_is_tried_at_once_and_costs_no_restart(monkeypatch, capsys):
-    again = distributed.StartAgain("8 rows at once did not fit on rank 1")
-    assert attempts(monkeypatch, [again, again, None], restarts=0) == 3
-    assert "did not fit on rank 1; starts again" in capsys.readouterr().err
 
 
 def test_the_first_strategy_whose_share_fits_half_a_gpu_is_chosen(monkeypatch):

@@ -14,9 +14,12 @@ import regex
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
-from snakegpt import documents as module
 from snakegpt import formats
-from snakegpt.documents import Counts, Document, TextSettings, read_documents
+from snakegpt.documents import document as one_document
+from snakegpt.documents import files, plain_text, rows
+from snakegpt.documents.choice import Counts, TextSettings
+from snakegpt.documents.document import Document
+from snakegpt.documents.reading import read_documents
 from snakegpt.errors import UserError
 from tiktoken_ext import openai_public
 
@@ -184,9 +187,10 @@ def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """The same code with limits that small texts reach."""
-    monkeypatch.setattr(module, "CHUNK_BYTES", 7)
-    monkeypatch.setattr(module, "LARGE", 50)
-    monkeypatch.setattr(module, "PIECE", 20)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(plain_text, "CHUNK_BYTES", 7)
+    monkeypatch.setattr(one_document, "LARGE", 50)
+    monkeypatch.setattr(one_document, "PIECE", 20)
 
 
 @pytest.mark.parametrize("separator", [None, "\n\n", "<|end|>", "aba"])
@@ -228,14 +232,14 @@ def test_cutting_changes_no_id_of_any_pattern(text, pattern):
     """What the patterns of tiktoken's encodings make of the pieces is what they make of the whole."""
     whole = regex.findall(pattern, text)
     pieces, rest = [], text
-    while cut := module._last_cut(rest[: len(rest) // 2]):
+    while cut := one_document._last_cut(rest[: len(rest) // 2]):
         pieces += regex.findall(pattern, rest[:cut])
         rest = rest[cut:]
     assert pieces + regex.findall(pattern, rest) == whole
 
 
 def test_text_without_a_place_to_cut_is_refused_before_memory_ends(tmp_path, small, monkeypatch):
-    monkeypatch.setattr(module, "MOST_UNCUT", 100)
+    monkeypatch.setattr(one_document, "MOST_UNCUT", 100)
     (document,) = read_documents(file(tmp_path, "a.txt", b"a" * 500), TextSettings(), Counts())
     with pytest.raises(UserError, match="without white space"):
         list(document.pieces())
@@ -281,7 +285,7 @@ def test_other_files_are_not_divided(name, separator):
 
 
 def test_a_json_line_beyond_the_limit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MOST_LINE_BYTES", 100)
+    monkeypatch.setattr(rows, "MOST_LINE_BYTES", 100)
     path = file(tmp_path, "a.jsonl", b'{"text": "short"}\n{"text": "' + b"x" * 100 + b'"}\n')
     with pytest.raises(UserError, match="line 2 is longer than 100 bytes"):
         documents(path)

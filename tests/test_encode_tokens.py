@@ -11,7 +11,7 @@ import pytest
 from data_fixtures import pin, stage, write_corpus
 from hypothesis import example, given
 from hypothesis import strategies as st
-from snakegpt.documents import Document
+from snakegpt.documents.document import Document
 from snakegpt.settings import Validation
 from snakegpt.splitting import Splitter
 from snakegpt.tokenizers import char_tokenizer

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 from ranks_at_work import SHAPE, trainer
-from snakegpt.distributed import Group, StartAgain
+from snakegpt.distributed import Group
 from snakegpt.errors import UserError
 from snakegpt.fitting import largest_that_fits, smaller, why_it_does_not_compile
 from snakegpt.losses import mean_loss
+from snakegpt.outcomes import StartAgain
 from snakegpt.watchdog import Watchdog
 from train_fixtures import metrics, tokens
 

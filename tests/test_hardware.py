@@ -27,6 +27,8 @@ from snakegpt import gpus, hardware
         ("Tesla V100-SXM2-16GB", "float16", 125.0),
         ("Tesla V100S-PCIE-32GB", "float16", 130.0),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+        ("NVIDIA GeForce RTX 5080", "bfloat16", 112.6),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "bfloat16", 503.8),
         ("Tesla T4", "float16", 65.0),
         ("Tesla T4", "bfloat16", None),  # it has none
         ("Tesla V100-SXM2-32GB", "bfloat16", None),
@@ -45,6 +47,9 @@ def test_a_gpu_has_its_datasheets_peak_for_each_type(device_name, precision, tfl
         "NVIDIA GeForce RTX 4090 Laptop GPU",
         "NVIDIA GeForce RTX 4090 D",
         "NVIDIA RTX 6000",  # of another generation
+        "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition",
+        "Tesla V100-SXM2-32GB-LS",  # of a lower clock
+        "Tesla P100-PCIE-16GB",  # its published half is summed in float16
         "NVIDIA X9000",
     ],
 )

@@ -6,19 +6,27 @@ the real ones.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import psutil
 import pytest
-from snakegpt import launching
-from snakegpt.errors import UserError
-from snakegpt.launching import Outcome, advised_environment, choose_ranks_per_node, on_every_node
+from snakegpt import launching, nodes, outcomes
+from snakegpt.errors import RETRY, Interrupted, UserError
+from snakegpt.launching import advised_environment, network_environment
+from snakegpt.nodes import Place, choose_ranks_per_node, on_every_node
+from snakegpt.outcomes import Outcome
 from snakegpt.settings import Execution
 from test_meeting import free_port
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from train_fixtures import SETTINGS, tokens
 
 SRUN = """\
@@ -50,7 +58,7 @@ def slurm(tmp_path, monkeypatch):
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     monkeypatch.setenv("SLURM_JOB_ID", str(free_port() % 900 + 50))
-    for name in (launching.NODE, launching.RENDEZVOUS):
+    for name in (nodes.NODE, nodes.RENDEZVOUS):
         monkeypatch.delenv(name, raising=False)
     return programs
 
@@ -82,6 +90,7 @@ def test_two_nodes_train_what_two_ranks_of_one_machine_do(slurm, tmp_path):
         assert (tmp_path / "nodes" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     start = json.loads((tmp_path / "nodes/metrics.jsonl").read_text().splitlines()[0])
     assert start["ranks"] == 2
+    assert list((tmp_path / "local-state/ranks/node0").rglob("1/stderr.log"))
     assert list((tmp_path / "nodes-state/ranks/node1").rglob("stderr.log"))  # what rank 1 printed
 
 
@@ -122,6 +131,17 @@ def test_a_node_that_never_comes_is_named_in_bounded_time(tmp_path, present, tol
     assert time.monotonic() - started < 60  # two of them waiting, the rest imports
     assert done.returncode == 2
     assert told.format(port=port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_an_interface_that_does_not_exist_is_named_before_ranks_start(slurm, tmp_path, nodes):
+    """gloo would end each rank with a traceback."""
+    ranks = {"nodes": 1, "ranks_per_node": "auto", "ranks": 2} if nodes == 1 else {}
+    command = training(tokens(tmp_path / "tokens"), tmp_path / "out", **ranks)
+    done = finish(command, {"GLOO_SOCKET_IFNAME": "nope0"})
+    assert done.returncode == 2, done.stderr
+    assert "GLOO_SOCKET_IFNAME = nope0 in the environment, but" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -177,7 +197,7 @@ def test_a_node_that_never_ended_is_named(slurm, tmp_path):
 def test_a_kill_is_told_and_not_what_others_suffer_from_it(tmp_path, found, told):
     outcome = tmp_path / "outcome.json"
     outcome.write_text(json.dumps(found))
-    place = launching.Place(1, 2, "127.0.0.1", 1)
+    place = Place(1, 2, "127.0.0.1", 1)
     assert told in launching._ended(outcome, place, killed_by=9).text
     assert told in json.loads(outcome.read_text())["text"]
 
@@ -186,6 +206,81 @@ def test_without_srun_the_way_by_hand_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"srun is not installed here(.|\n)*by hand"):
         on_every_node("m", [], nodes=2, threads=1, shared=tmp_path, environment={})
+
+
+# ---- starting again --------------------------------------------------------------------------
+
+
+KILLED = Outcome(1, "a rank was killed by SIGKILL", again=True)
+ERRED = Outcome(1, "rank 1: Traceback ...")
+DONE = Outcome()
+
+
+def attempts(monkeypatch, endings, *, restarts, steps=()) -> int:
+    """How often ranks are started when they end so; `steps` is what is asked of after each end."""
+    started = []
+
+    def once(*_, **how):
+        started.append(how)
+        return endings[len(started) - 1]
+
+    reached = iter([0, *steps, *[0] * 9])
+    monkeypatch.setattr(launching, "run_ranks", once)
+    with contextlib.suppress(SystemExit):
+        launching.launch("module", [], restarts=restarts, progress=lambda: next(reached), ranks=2)
+    assert all(how == {"ranks": 2} for how in started)
+    return len(started)
+
+
+def test_ranks_start_again_after_one_was_killed_as_often_as_allowed(monkeypatch, capsys):
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=2) == 3
+    said = capsys.readouterr().err
+    assert said.count("starts again from the last saved state") == 2
+    assert attempts(monkeypatch, [KILLED, DONE], restarts=2) == 2
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=0) == 1
+
+
+def test_progress_makes_room_for_new_restarts(monkeypatch):
+    # Two restarts are used up when the third attempt saves step 5: then there are two more.
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=2, steps=[0, 0, 5, 5, 5]) == 5
+    assert attempts(monkeypatch, [KILLED] * 9, restarts=2, steps=[0, 5, 5, 5, 5]) == 4
+
+
+def test_an_error_of_ours_is_tried_again_only_after_progress(monkeypatch):
+    assert attempts(monkeypatch, [ERRED] * 9, restarts=3) == 1
+    assert attempts(monkeypatch, [ERRED] * 9, restarts=3, steps=[4, 8, 8]) == 3
+
+
+def test_less_memory_is_tried_at_once_and_costs_no_restart(monkeypatch, capsys):
+    again = Outcome(RETRY, "8 rows at once did not fit on rank 1", again=True)
+    assert attempts(monkeypatch, [again, again, DONE], restarts=0) == 3
+    assert "did not fit on rank 1; starts again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("left", "told"),
+    [
+        ({"status": 75, "text": "saved its state at step 7"}, "saved its state at step 7"),
+        ({"status": 75, "text": "8 rows did not fit", "again": True}, "8 rows did not fit"),
+        ({"status": 1, "text": "no progress for 600 s", "again": True}, "no progress for 600 s"),
+        (None, "goes on from the last saved state, if there is one"),
+    ],
+)
+def test_ranks_that_were_asked_to_stop_are_not_started_again(monkeypatch, left, told):
+    """Whatever else a rank met on its way out."""
+
+    def asked(command):
+        started.append(command)
+        if left:
+            Path(os.environ[outcomes.OUTCOME]).write_text(json.dumps(left))
+        raise SignalException("", signal.SIGTERM)
+
+    started = []
+    monkeypatch.setattr("torch.distributed.run.main", asked)
+    with pytest.raises(Interrupted, match=told):
+        launching.launch("module", [], restarts=3, ranks=2, threads=2)
+    assert len(started) == 1
+    assert outcomes.OUTCOME not in os.environ
 
 
 # ---- ranks of a node -------------------------------------------------------------------------
@@ -209,7 +304,7 @@ def test_what_nodes_cannot_share_is_refused(monkeypatch):
         ranks(ranks_per_node=4)
     with pytest.raises(UserError, match=r"ranks = 4 counts the ranks of one machine"):
         ranks(ranks=4)
-    monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(nodes.torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match=r"ranks_per_node = 3, but node \S+ has 2 CUDA devices"):
         ranks(ranks_per_node=3, device="cuda")
 
@@ -228,14 +323,27 @@ def test_advice_is_used_and_said(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     host = launching.socket.gethostname()
+    name = next(iter(psutil.net_if_addrs()))
     measured = {
         "nodes": [{}, {}],
         "environment": {"NCCL_DEBUG": "WARN"},
-        "environment_by_host": {host: {"GLOO_SOCKET_IFNAME": "ib0"}, "other": {"NCCL_X": "1"}},
+        "environment_by_host": {host: {"GLOO_SOCKET_IFNAME": name}, "other": {"NCCL_X": "1"}},
     }
     found, said = advice(tmp_path, capsys, 2, measured)
-    assert found == {"GLOO_SOCKET_IFNAME": "ib0"}
-    assert "launches with GLOO_SOCKET_IFNAME=ib0, NCCL_DEBUG=INFO of the environment wins" in said
+    assert found == {"GLOO_SOCKET_IFNAME": name}
+    assert f"launches with GLOO_SOCKET_IFNAME={name}, NCCL_DEBUG=INFO of the environment" in said
+
+
+def test_advice_of_an_interface_that_this_host_lacks_is_left_aside(tmp_path, capsys):
+    """Slurm gave other nodes than it measured on."""
+    measured = {
+        "nodes": [{"host": "a"}, {"host": "b"}],
+        "environment": {"NCCL_SOCKET_IFNAME": "=nope0", "NCCL_DEBUG": "WARN"},
+    }
+    found, said = advice(tmp_path, capsys, 2, measured)
+    assert found == {}
+    assert "was measured on a, b; " in said
+    assert "has no interface nope0: its advice is left aside" in said
 
 
 def test_advice_for_another_number_of_nodes_is_left_aside(tmp_path, capsys):
@@ -244,6 +352,32 @@ def test_advice_for_another_number_of_nodes_is_left_aside(tmp_path, capsys):
     assert found == {}
     assert "was measured on 1 node, this is 2 nodes" in said
     assert advised_environment(None, 2, label="x") == {}
+
+
+def test_only_network_variables_are_taken_from_the_measurement():
+    measured = {"environment": {"GLOO_SOCKET_IFNAME": "lo", "NCCL_X": 1, "LD_PRELOAD": "evil.so"}}
+    assert network_environment(measured) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_X": "1"}
+    assert network_environment({}) == {}
+
+
+# ---- how ranks end ---
+
+
+def test_a_full_disk_is_a_message_of_a_rank_too(monkeypatch, tmp_path):
+    """Not an error of ours, with a traceback and new attempts."""
+    outcome = tmp_path / "outcome.json"
+    monkeypatch.setenv(outcomes.OUTCOME, str(outcome))
+    monkeypatch.setenv(outcomes.AGENT, str(os.getppid()))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(outcomes, "_die_with", lambda parent: None)
+    ended = []
+    monkeypatch.setattr(outcomes.os, "_exit", ended.append)
+    with outcomes.reporting_outcome():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "store/state/x")
+    assert ended == [2]
+    told = json.loads(outcome.read_text())
+    assert told["status"] == 2
+    assert told["text"].startswith("store/state/x: No space left on device.\n  free some:")
 
 
 def test_an_outcome_that_another_will_tell_only_gives_the_status():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 from snakegpt.errors import UserError
-from snakegpt.launching import Place, place_of
 from snakegpt.network import meeting as meetings
 from snakegpt.network.meeting import Meeting, require_reachable, told_to_all
+from snakegpt.nodes import Place, place_of
 
 
 def free_port() -> int:
@@ -67,6 +71,44 @@ def test_a_node_that_hangs_is_named_with_its_host():
 
     found = each_in_a_thread(2, work)
     assert f"no answer from node 1 ({socket.gethostname()}) within 1 s (disk)" in str(found[0])
+
+
+LEADS = """
+import sys, time
+from snakegpt.nodes import Place
+from snakegpt.network.meeting import Meeting
+met = Meeting(Place(0, 2, "127.0.0.1", int(sys.argv[1])), 60)
+print("met", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def node_0():
+    """A process that is node 0 of two, and its port."""
+    port = free_port()
+    command = [sys.executable, "-c", LEADS, str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process, port
+        process.kill()
+
+
+def test_a_first_node_that_hangs_is_named_as_well(node_0):
+    """The meeting is in its process, whose host goes on accepting connections and bytes."""
+    process, port = node_0
+    met = Meeting(Place(1, 2, "127.0.0.1", port), 60)  # imports torch there first
+    assert process.stdout and process.stdout.readline() == "met\n"
+    met.wait_s = 2
+    os.kill(process.pid, signal.SIGSTOP)
+    started = time.monotonic()
+    with (
+        pytest.raises(UserError, match=rf"no answer from node 0 \({socket.gethostname()}\) within"),
+        told_to_all(met),
+    ):
+        met.share("disk", 1, wait_s=1)
+    with pytest.raises(UserError, match=r"no answer from node 0 within 2 s(.|\n)*hang there"):
+        Meeting(Place(1, 2, "127.0.0.1", port), 2)
+    assert time.monotonic() - started < 10
 
 
 def test_what_fails_on_one_node_ends_the_others_with_its_words():

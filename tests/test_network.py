@@ -9,13 +9,14 @@ import socket
 import stat
 import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from snakegpt.errors import UserError
-from snakegpt.network import advice, collectives, iperf, links, nodes
+from snakegpt.network import advice, bench, collectives, iperf, links, nodes
 from snakegpt.network.advice import Candidate
 from snakegpt.network.interfaces import (
     devices,
@@ -24,6 +25,8 @@ from snakegpt.network.interfaces import (
     rdma_ports,
     require_known,
 )
+from snakegpt.nodes import Place
+from snakegpt.outcomes import Outcome
 
 
 @pytest.fixture
@@ -112,6 +115,30 @@ def test_own_addresses_are_reached_over_loopback():
     for address in own:
         assert interface_towards(address).loopback
         assert not interface_with(address).loopback
+
+
+def test_a_name_that_is_only_this_machine_to_itself_is_left_to_what_others_know_it_by(monkeypatch):
+    """Debian's /etc/hosts: on node 0 its own name is 127.0.1.1, which leads nowhere from elsewhere."""
+    found = interface_with("127.0.1.1")
+    assert (found.name, found.loopback) == (interface_with("127.0.0.1").name, True)
+    own = {a.address for addresses in psutil.net_if_addrs().values() for a in addresses}
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda h, *a, **k: real("127.0.1.1" if h == "debian" else h, *a, **k)
+    )
+    others = sorted(a for a in own if a.count(".") == 3 and not a.startswith("127."))
+    told = (others or ["127.0.0.1"])[0]
+    said = []
+
+    def share(name, value):
+        said.append(value)
+        return ["", told]
+
+    meeting = SimpleNamespace(place=Place(0, 2, "debian", 1), share=share)
+    assert interface_with(bench._own_address(meeting)).address == told
+    meeting.place = Place(1, 2, "debian", 1)  # of the same machine
+    assert bench._own_address(meeting) == "127.0.0.1"
+    assert said == ["", "127.0.1.1"]
 
 
 def test_a_name_that_does_not_resolve_is_named():
@@ -250,20 +277,83 @@ def test_rounds_measure_every_pair_once_and_no_node_twice_at_a_time(n):
     assert set(found) == expected
 
 
-def test_without_iperf3_plain_tcp_measures_and_says_so():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with links.serving("127.0.0.1", port, by_iperf3=False):
-        row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.5)
+HAS_IPV6 = any(a.address == "::1" for of in psutil.net_if_addrs().values() for a in of)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", pytest.param("::1", marks=pytest.mark.skipif(not HAS_IPV6, reason="no IPv6"))],
+)
+def test_without_iperf3_plain_tcp_measures_and_says_so(address):
+    port = free_port(address)
+    with links.serving(address, port, by_iperf3=False):
+        row = links.measure_link(address, port, by_iperf3=False, seconds=0.5)
     assert "plain TCP" in row["method"]
     assert row["reason"] == {}
     assert row["up"]["bits_per_second"] > 1e7
     assert row["down"]["bits_per_second"] > 1e7
     trips = row["latency_s"]
     assert 0 < trips["min"] <= trips["p50"] <= trips["p90"] <= trips["p99"] <= trips["max"]
-    loopback = interface_towards("127.0.0.1").mtu
-    assert row["mtu"] == min(loopback, 65_535)  # which is all that an IPv4 packet can be
+    if address == "127.0.0.1":
+        loopback = interface_towards("127.0.0.1").mtu
+        assert row["mtu"] == min(loopback, 65_535)  # which is all that an IPv4 packet can be
+
+
+def free_port(address="127.0.0.1"):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def test_datagrams_that_were_asked_for_are_not_left_out_silently():
+    port = free_port()
+    with links.serving("127.0.0.1", port, by_iperf3=False):
+        row = links.measure_link("127.0.0.1", port, False, 0.3, udp_bit_per_s=1e6)
+    assert row["reason"] == {"udp": "iperf3 is not installed on both nodes"}
+
+
+@pytest.mark.parametrize(("failures", "told"), [(2, None), (3, "unable to read from stream")])
+def test_datagrams_are_tried_again_since_the_first_may_be_lost(monkeypatch, failures, told):
+    tried = []
+
+    def measure(program, address, port, *, seconds, udp_bit_per_s=None, **options):
+        tried.append(udp_bit_per_s)
+        if udp_bit_per_s and tried.count(udp_bit_per_s) <= failures:
+            return None, "iperf3 failed: unable to read from stream"
+        return {"bits_per_second": udp_bit_per_s}, None
+
+    monkeypatch.setattr(links.iperf, "measure", measure)
+    monkeypatch.setattr(links.iperf, "program", lambda: "iperf3")
+    port = free_port()
+    with links.serving("127.0.0.1", port, by_iperf3=False):
+        row = links.measure_link("127.0.0.1", port, True, 0.3, udp_bit_per_s=1e6)
+    assert tried.count(1e6) == 3
+    assert tried.count(None) == 3  # TCP sends again by itself
+    assert (row["udp"] is None) == bool(told)
+    assert told is None or told in row["reason"]["udp"]
+
+
+def test_a_rate_that_cannot_be_counted_is_missing_with_its_reason(monkeypatch):
+    monkeypatch.setattr(links, "_send_for", lambda connection, seconds: None)
+    port = free_port()
+    with links.serving("127.0.0.1", port, by_iperf3=False):
+        row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.2)
+    assert row["up"] is row["down"] is None
+    assert all("too little arrived" in row["reason"][way] for way in ("up", "down"))
+    json.dumps(row, allow_nan=False)
+
+
+def test_a_port_that_is_taken_is_named():
+    port = free_port()
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(
+            UserError, match=rf"cannot listen at 127.0.0.1, port {port}(.|\n)*another port"
+        ),
+        links.serving("127.0.0.1", port, by_iperf3=False),
+    ):
+        pass
 
 
 def test_plain_tcp_counts_what_arrives(monkeypatch):
@@ -284,9 +374,7 @@ def test_plain_tcp_counts_what_arrives(monkeypatch):
 
 
 def test_a_link_that_nobody_serves_gives_its_reason():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     row = links.measure_link("127.0.0.1", port, by_iperf3=False, seconds=0.5)
     assert "refused" in row["reason"]["latency"]
     assert "up" not in row
@@ -337,6 +425,9 @@ def node(host, networks, interface="eth0", **more):
         "interface": {"name": interface, "mtu": 1500, "speed_mbit_per_s": 1000},
         "rdma_ports": [],
         "gpus": [],
+        "gpu_topology": None,
+        "cores": 64,
+        "numa_nodes": 2,
         "locked_memory_bytes": None,
         "versions": dict.fromkeys(advice.VERSIONS, "1"),
         "speed": {
@@ -382,6 +473,21 @@ def test_socket_threads_are_tried_only_where_streams_gain_and_there_is_no_rdma()
     assert found.environments[0] == {"NCCL_IB_HCA": "=mlx5_0:1"}
 
 
+def test_sockets_are_tried_against_rdma_where_there_is_any():
+    """On some nodes alone RDMA may keep all of them from talking."""
+    pair = [node("a", {"e": "10.0.0.1/24"}), node("b", {"f": "10.0.0.2/24"}, interface="f")]
+    disabling = [c for c in advice.candidates("nccl", pair, []) if "IB_DISABLE" in str(c)]
+    assert disabling == []
+    pair[1]["rdma_ports"] = [{"name": "mlx5_0:1", "state": "ACTIVE"}]
+    (found,) = (c for c in advice.candidates("nccl", pair, []) if "IB_DISABLE" in str(c))
+    assert found.environments == [
+        {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}", "NCCL_IB_DISABLE": "1"}
+        for name in ("eth0", "f")
+    ]
+    assert "active on b" in found.reason
+    assert not any("IB_DISABLE" in str(c) for c in advice.candidates("gloo", pair, []))
+
+
 def test_versions_that_differ_are_errors_or_warnings_by_kind():
     same = [node(host, {}) for host in "ab"]
     assert advice.differences(same) == []
@@ -391,6 +497,42 @@ def test_versions_that_differ_are_errors_or_warnings_by_kind():
         ((found, text),) = advice.differences([node("a", {}), other])
         assert found == kind
         assert text == f"nodes differ in {what}: 1 on a; 2 on b"
+
+
+def test_machines_of_one_name_are_told_apart():
+    other = node("localhost", {})
+    other["versions"]["torch"] = "2"
+    ((kind, text),) = advice.differences([node("localhost", {}), other])
+    assert kind == "error"
+    assert text == "nodes differ in torch: 1 on node 0 (localhost); 2 on node 1 (localhost)"
+
+
+IB = {"name": "mlx5_0:1", "state": "ACTIVE", "link_layer": "InfiniBand", "rate": "400 Gb/sec"}
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"cores": 32}, "cores: 64 on a, c; 32 on b"),
+        ({"numa_nodes": 1}, "NUMA nodes: 2 on a, c; 1 on b"),
+        ({"gpu_topology": "NV18"}, "GPU topology (nvidia-smi topo -m): none on a, c; kind 2 on b"),
+        (
+            {"rdma_ports": [IB, IB | {"name": "mlx5_1:1"}, IB | {"state": "DOWN"}]},
+            "RDMA ports: none active on a, c; 2 x InfiniBand 400 Gb/sec on b",
+        ),
+        (
+            {"interface": {"name": "eth0", "mtu": 1500, "speed_mbit_per_s": 100}},
+            "speed of the interface towards node 0: 1Gbit/s on a, c; 100Mbit/s on b",
+        ),
+        (
+            {"interface": {"name": "eth0", "mtu": 9000, "speed_mbit_per_s": 1000}},
+            "MTU towards node 0: 1500 on a, c; 9000 on b",
+        ),
+    ],
+)
+def test_nodes_that_are_built_differently_are_a_warning(more, text):
+    three = [node("a", {}), node("b", {}) | more, node("c", {})]
+    assert advice.differences(three) == [("warning", f"nodes differ in {text}")]
 
 
 def link(a, b, up, down, rtt=1e-4, **more):
@@ -448,3 +590,25 @@ def test_the_disk_is_read_whole_and_left_clean(tmp_path):
     assert rate is None or rate > 0.001
     assert list(tmp_path.iterdir()) == []
     assert nodes.disk_read(tmp_path / "nowhere", 8 << 20) is None
+
+
+# ---- trials ----------------------------------------------------------------------------------
+
+
+def test_a_node_that_hangs_before_a_trial_is_not_waited_for_as_torchrun_would(
+    monkeypatch, tmp_path
+):
+    """Its 15 minutes are more than a bench_network job may take."""
+    bounds = []
+
+    def run_ranks(*arguments, start_timeout_s, **named):
+        bounds.append(start_timeout_s)
+        return Outcome(1, "node 0 (a): timed out")
+
+    monkeypatch.setattr(bench, "run_ranks", run_ranks)
+    pair = [node("a", {}), node("b", {})]
+    task = SimpleNamespace(ranks=1, threads=1, module="m", arguments=[], backend="gloo")
+    meeting = SimpleNamespace(place=Place(0, 2, "a", 1), share=lambda name, mine, wait_s: [mine])
+    with pytest.raises(UserError, match="cannot exchange anything: node 0"):
+        bench.Trials(task, meeting, pair, [], lambda text: None).run()
+    assert bounds and max(bounds) < bench.SLOWEST_TRIAL_S / 2

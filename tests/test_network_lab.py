@@ -13,7 +13,7 @@ import sys
 import time
 
 import pytest
-from network_lab import Lab, delayed_pair, missing
+from network_lab import BUCKET_S, Lab, delayed_pair, missing
 from train_fixtures import tokens
 
 pytestmark = [
@@ -185,8 +185,10 @@ def test_the_verdict_follows_the_wire(draw, tmp_path):
         # A ring of two sends 2 x 1/2 of the gradients over each link.
         n_bits, compute_s = 8 * free["gradient_bytes"], free["strong"][-1]["compute_s"]
         for kind, times in (("accumulate", draw.uniform(0.2, 0.4)), ("wire", draw.uniform(1.5, 3))):
+            # What the bucket has gathered while ranks computed goes at once.
+            rate = n_bits / (times * compute_s + BUCKET_S) / PAYLOAD
             for node in (1, 2):
-                lab.shape(node, "eth0", n_bits / (times * compute_s) / PAYLOAD)
+                lab.shape(node, "eth0", rate)
             found = scaled()
             assert found["verdict"]["kind"] == kind, (times, found)
             share = found["verdict"]["communication_share"]

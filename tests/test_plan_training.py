@@ -171,7 +171,7 @@ def test_steps_that_fail_on_several_ranks_are_planned_without(
     def failing(*_, **__):
         raise SystemExit("error: rank 1: TooLarge")
 
-    monkeypatch.setattr(stage.distributed, "launch", failing)
+    monkeypatch.setattr(stage.launching, "launch", failing)
     monkeypatch.setattr(stage, "_why_not_tried", lambda *_: None)
     plan = planned(tokenizer, tmp_path, execution={"calibration_steps": 4, "ranks": 2})
     assert plan["calibration"] is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from snakegpt.command import block
+from snakegpt.settings import Model, Training
 
 ROOT = Path(__file__).parent.parent
 PROFILES = sorted(path.parent.name for path in ROOT.glob("profiles/*/profile.yaml"))
@@ -34,10 +37,17 @@ def test_every_profile_keeps_many_jobs_quick_and_reruns_for_the_same_reasons(nam
 
 
 @pytest.mark.parametrize("name", PROFILES)
-def test_every_line_of_a_cluster_has_a_comment_near(name):
-    """A setting without a reason is one that nobody dares to change."""
-    lines = (ROOT / f"profiles/{name}/profile.yaml").read_text(encoding="utf-8").splitlines()
-    assert sum("#" in line for line in lines) * 2 >= len(lines) / 2
+def test_every_setting_has_its_reason_beside_or_above_it(name):
+    """One without is one that nobody dares to change. Two that belong together may share it."""
+    settings_since = 9
+    for line in (ROOT / f"profiles/{name}/profile.yaml").read_text("utf-8").splitlines():
+        if not line:
+            settings_since = 9
+        elif line.startswith("#"):
+            settings_since = 0
+        elif line[0].isalpha() and "#" not in line:
+            settings_since += 1
+            assert settings_since <= 2, line
 
 
 def test_slurm_has_what_keeps_it_from_waiting_for_ever():
@@ -85,8 +95,26 @@ def test_the_manifest_of_several_nodes_is_consistent():
     assert f'"nodes": {nodes}' in container["args"][0]
     gpus = "nvidia.com/gpu"
     assert container["resources"]["limits"][gpus] == container["resources"]["requests"][gpus]
-    volumes = {volume["name"] for volume in pod["volumes"]}
-    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == volumes.keys()
+    # The volume that the executor's pods leave tokens on, whose results/ is there.
+    claim, path = profile("kubernetes")["kubernetes-persistent-volumes"][0].split(":")
+    assert volumes["snakegpt"]["persistentVolumeClaim"]["claimName"] == claim
+    assert mounts["snakegpt"] == container["workingDir"] == path
+
+
+def test_settings_for_the_manifest_are_made_as_it_says(tmp_path):
+    """By the command in its comment; training takes them."""
+    text = (ROOT / "envs/kubernetes/training.yaml").read_text(encoding="utf-8")
+    (code,) = re.findall(r'python -c "(.*?)" > settings.json', text, re.DOTALL)
+    command = [sys.executable, "-c", code.replace("\n#   ", "\n")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"]["layers"] == 12  # of the published recipe
+    assert block(Training, found["training"], "training").steps > 10_000
+    assert block(Model, found["model"], "model").context == 1024
 
 
 def test_the_kubernetes_profile_says_everywhere_the_same():

@@ -46,6 +46,22 @@ def test_efficiencies_follow_their_definition():
     assert found[1] == {"ranks": 4, "weak": pytest.approx(0.8), "strong": pytest.approx(0.625)}
 
 
+def test_ranks_that_alone_hold_the_model_are_what_more_of_them_are_compared_with():
+    found = scaling.efficiencies([run(4, 1.0), run(8, 1.25)], [run(4, 2.0), run(8, 1.6)])
+    assert found[0] == {"ranks": 4, "weak": 1.0, "strong": 1.0}
+    assert found[1] == {"ranks": 8, "weak": pytest.approx(0.8), "strong": pytest.approx(0.625)}
+
+
+def test_a_strategy_that_was_asked_for_is_not_recommended():
+    """By name in the settings, whatever fits: nobody looked."""
+    facts = {"gradient_bytes": 10**8, "batch_tokens": 1000, "steps": 1, "strategy": "fsdp"}
+    for communication_s, kind in ((0.05, "fine"), (0.6, "wire")):
+        strong = [run(1, 2.0), run(2, 1.0, communication_s)]
+        found = scaling.verdict(strong, **facts, asked_for=True)
+        assert found["kind"] == kind
+        assert "do not fit" not in found["text"]
+
+
 @pytest.mark.parametrize(
     ("communication_s", "alone_s", "strategy", "kind"),
     [
@@ -89,7 +105,7 @@ def test_half_the_bytes_are_named_where_they_would_help(communication_s, strateg
     assert "gradient_exchange" not in scaling.verdict(strong, **facts, halvable=False)["text"]
 
 
-def test_real_ranks_are_measured_on_real_tokens(tmp_path):
+def measured(tmp_path, environment=None):
     settings = {
         "model": {"layers": 1, "heads": 2, "channels": 16, "context": 16, "vocabulary_multiple": 1},
         "training": {"batch_tokens": 128, "steps": 100, "warmup_steps": 1},
@@ -103,7 +119,41 @@ def test_real_ranks_are_measured_on_real_tokens(tmp_path):
     ]
     command += ["--settings", json.dumps(settings), "--out", str(tmp_path)]
     command += ["--execution", json.dumps({"ranks": 2, "device": "cpu", "threads": 2})]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ}, timeout=200)
+    environment = {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+# For a rank of so few that they cannot hold the model.
+TOO_FEW = """
+import os
+if int(os.environ.get("WORLD_SIZE", 9)) <= {most}:
+    import snakegpt.scaling as scaling
+    def measure(*arguments, **named):
+        raise MemoryError("no room for the model")
+    scaling.measure = measure
+"""
+
+
+@pytest.mark.parametrize(("most", "status"), [(1, 0), (2, 2)])
+def test_fewer_ranks_than_the_model_wants_are_left_out(tmp_path, most, status):
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(TOO_FEW.format(most=most))
+    paths = os.pathsep.join([str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")])
+    done = measured(tmp_path, {"PYTHONPATH": paths})
+    assert done.returncode == status, done.stderr
+    assert "1 of 2 ranks failed: MemoryError: no room for the model" in done.stderr
+    if status:
+        assert "error: 2 ranks failed: " in done.stderr
+        assert not (tmp_path / "scaling.json").exists()
+        return
+    found = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    assert [row["ranks"] for row in found["strong"]] == [2]
+    assert found["failed"] == [{"ranks": 1, "reason": "MemoryError: no room for the model"}]
+    assert "Not measured: 1 rank, MemoryError: no room for the model." in found["verdict"]["text"]
+
+
+def test_real_ranks_are_measured_on_real_tokens(tmp_path):
+    done = measured(tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
     for kind in ("weak", "strong"):

@@ -77,6 +77,12 @@ def test_a_job_that_slurm_refuses_is_told_with_what_there_is(answers):
     assert "gpu 4 x 64 CPUs, 500000 MB, gpu:4" in said
 
 
+def test_a_machine_without_slurm_is_told_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"sbatch is not installed on \S+(.|\n)*login node"):
+        require_taken([job()], SETTINGS)
+
+
 def test_nodes_that_are_down_make_it_a_warning(answers, capsys):
     answers(REFUSES, down="node[7-8]")
     require_taken([job()], SETTINGS)

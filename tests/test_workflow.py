@@ -234,11 +234,11 @@ def test_another_tokenizer_rebuilds_tokens_and_what_follows_but_downloads_nothin
 
 def test_a_change_that_gives_the_same_bytes_stops_there(project):
     """Early cut-off within one invocation: the stage reruns, its dependents only look up."""
-    science = project.folder / "workflow/snakegpt/documents.py"
+    science = project.folder / "workflow/snakegpt/documents/rows.py"
     before = science.read_text(encoding="utf-8")
     science.write_text(before + "\nUNUSED = 1\n", encoding="utf-8")
     try:
-        assert "snakegpt.documents, outside functions and classes: changed" in project.why(
+        assert "snakegpt.documents.rows, outside functions and classes: changed" in project.why(
             "train_tiny"
         )
         changed = project.run()

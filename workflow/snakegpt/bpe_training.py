@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from snakegpt.documents import Document
+from snakegpt.documents.document import Document
 from snakegpt.errors import UserError
 from snakegpt.tokenizers import PATTERNS, BytePairTokenizer, chunks
 

@@ -1,35 +1,22 @@
-"""Ranks: how many there are, how they start, agree and end. One rank needs no process group.
-
-`launch` runs a stage's own command once a rank through torchrun, inside the calling process, which so
-becomes torchrun's agent: one process and one import of torch fewer than calling torchrun by name. What
-torchrun cannot tell (it leaves with status 1 whatever happened) the ranks write to an outcome file.
-"""
+"""Ranks: how many there are, what each takes, and how they agree. One rank needs no process group."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import datetime
-import json
-import logging
 import math
 import os
 import signal
-import socket
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from snakegpt.errors import RETRY, USER_ERROR, Interrupted, UserError, way_out
-from snakegpt.progress import say
+from snakegpt.errors import UserError
 
 Strategy = Literal["ddp", "zero1", "fsdp"]
 
@@ -42,9 +29,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAVE_TIMEOUT_S = 120.0  # between the signal that asks ranks to save and leave, and SIGKILL
 # A rank that dies closes its connections, which the others see at once; this is for one that hangs.
 COLLECTIVE_TIMEOUT_S = 300.0
-STOPPED_EARLY = "stopped before the first step; the same command starts again"
-OUTCOME = "SNAKEGPT_OUTCOME"
-AGENT = "SNAKEGPT_AGENT_PID"
 
 
 # ---- what there is ---------------------------------------------------------------------------
@@ -285,174 +269,3 @@ class StopRequest:
 
     def _remember(self, number: int, frame: object) -> None:
         self.came = True
-
-
-class StartAgain(Interrupted):
-    """A rank knows what to do otherwise in a new attempt, and wants all of them to make one."""
-
-
-class RankFailed(Exception):
-    """A rank was killed or hung, which may not happen again, or it ended with an error of ours."""
-
-    def __init__(self, text: str, *, by_chance: bool) -> None:
-        super().__init__(text)
-        self.by_chance = by_chance
-
-
-@contextlib.contextmanager
-def reporting_outcome() -> Iterator[None]:
-    """In a rank that `launch` started: write how it ended to the outcome file and say nothing."""
-    if OUTCOME not in os.environ:
-        yield
-        return
-    _die_with(int(os.environ[AGENT]))
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, UserError):
-            status, text = USER_ERROR, str(error)
-        elif disk := way_out(error):
-            status, text = USER_ERROR, disk
-        elif isinstance(error, Interrupted | KeyboardInterrupt):
-            status, text = RETRY, str(error) or STOPPED_EARLY
-        else:
-            status, text = 1, traceback.format_exc()
-        tell_outcome(status, text, again=isinstance(error, StartAgain))
-        # Not sys.exit: a failed rank must not wait for the others in the interpreter's clean-up.
-        os._exit(status)
-
-
-def tell_outcome(status: int, text: str, *, again: bool = False) -> None:
-    """Write how this rank ends for `launch` to tell, or say it where nobody launched.
-
-    again  whether another attempt may end otherwise
-
-    The first rank to end badly wins; what the others then suffer from its absence is noise.
-    """
-    path, rank = os.environ.get(OUTCOME), os.environ.get("RANK")
-    if path is None or rank is None:
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        return
-    text = f"rank {rank}: {text}" if status == 1 else text
-    sys.stderr.flush()
-    with contextlib.suppress(FileExistsError):
-        scratch = Path(f"{path}.{rank}")
-        outcome = {"status": status, "text": text, "again": again}
-        scratch.write_text(json.dumps(outcome), encoding="utf-8")
-        os.link(scratch, path)
-
-
-def _die_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent dies (Linux), so that no state has two writers."""
-    if sys.platform != "linux":
-        return
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)
-
-
-# ---- starting ranks --------------------------------------------------------------------------
-
-
-def network_environment(network: Mapping[str, Any]) -> dict[str, str]:
-    """The launch variables that bench_network recommends here, as far as they are about the network."""
-    prefixes = ("GLOO_", "NCCL_", "TORCH_NCCL_")
-    by_host = network.get("environment_by_host") or {}
-    found = {**(network.get("environment") or {}), **by_host.get(socket.gethostname(), {})}
-    return {name: str(value) for name, value in found.items() if name.startswith(prefixes)}
-
-
-def launch(
-    module: str,
-    arguments: list[str],
-    *,
-    ranks: int,
-    threads: int,
-    environment: Mapping[str, str],
-    stop_timeout_s: float = SAVE_TIMEOUT_S,
-    restarts: int = 0,
-    progress: Callable[[], int] = lambda: 0,
-) -> None:
-    """Run `python -m module *arguments` once a rank on this machine, to the end of all of them.
-
-    threads         cores to share out
-    environment     variables for the ranks; what the caller's environment already says wins
-    stop_timeout_s  between the signal that asks ranks to save and leave, and SIGKILL
-    restarts        times that all ranks are started again after one has died ...
-    progress        ... counted anew when this number, asked after each end, has grown
-    raises          UserError and Interrupted as the ranks raised them; SystemExit(1) if one failed or
-                    was killed, after saying why once
-    """
-    for name, value in environment.items():
-        os.environ.setdefault(name, value)
-    left, reached = restarts, progress()
-    while True:
-        try:
-            return _launch_once(module, arguments, ranks, threads, stop_timeout_s)
-        except StartAgain as note:
-            say(f"{note}; starts again")
-        except RankFailed as failure:
-            now = progress()
-            # An error where nothing was reached since the start would only come again.
-            left = restarts if now > reached else left * failure.by_chance
-            if not left:
-                raise SystemExit(
-                    f"error: {failure}\n  the same command resumes from the last saved state"
-                ) from None
-            left, reached = left - 1, now
-            say(f"error: {failure}\n  starts again from the last saved state")
-
-
-def _launch_once(
-    module: str, arguments: list[str], ranks: int, threads: int, stop_timeout_s: float
-) -> None:
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    with tempfile.TemporaryDirectory(prefix="snakegpt-") as scratch:
-        outcome = Path(scratch) / "outcome.json"
-        os.environ |= {
-            OUTCOME: str(outcome),
-            AGENT: str(os.getpid()),
-            "OMP_NUM_THREADS": str(max(1, threads // ranks)),
-            # Every attempt is a rendezvous of its own, and its ranks have a store of their own: in one
-            # that is shared they may read the address of a dead rank (pytorch #135712).
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        }
-        command = ["--standalone", "--nproc-per-node", str(ranks), "--max-restarts", "0"]
-        command += ["--shutdown-timeout", str(math.ceil(stop_timeout_s))]
-        command += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
-        command += ["--log-dir", scratch, "--module", module, *arguments]
-        # The agent's own lines and traceback would bury what the ranks say, which follows in full.
-        logging.disable(logging.CRITICAL)
-        killed_by, stopped = None, False
-        try:
-            torchrun.main(command)
-        except ChildFailedError as error:
-            codes = [failure.exitcode for failure in error.failures.values()]
-            killed_by = next((-c for c in codes if c < 0 and -c != signal.SIGTERM), None)
-        except SignalException:
-            stopped = True
-        else:
-            return
-        finally:
-            logging.disable(logging.NOTSET)
-        found: dict[str, Any] = {}
-        if outcome.exists():
-            found = json.loads(outcome.read_text(encoding="utf-8"))
-        if found.get("status") == USER_ERROR:
-            raise UserError(found["text"])
-        if found.get("status") == RETRY:
-            raise (StartAgain if found["again"] else Interrupted)(found["text"])
-        if stopped and not found:
-            raise Interrupted(STOPPED_EARLY)
-        # A rank that hangs is killed in the end; what the watchdog of another saw says more.
-        if killed_by is not None and not found.get("again"):
-            name = signal.Signals(killed_by).name
-            why = " (by hand, or for lack of memory)" if name == "SIGKILL" else ""
-            raise RankFailed(f"a rank was killed by {name}{why}", by_chance=True)
-        if found:
-            raise RankFailed(found["text"], by_chance=found["again"])
-        raise RankFailed("a rank failed", by_chance=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,6 @@ NAME = PACKAGE.name
 NOT_SCIENCE = frozenset(
     f"{NAME}{module}"
     for module in (
-        "",
         ".artefacts",
         ".command",
         ".durable",
@@ -126,10 +126,15 @@ def code_of(stage: str, package: Path = PACKAGE) -> dict[str, Any]:
     waiting = list(declared["SCIENCE"])
     while waiting:
         module = waiting.pop()
-        if module not in modules and module not in NOT_SCIENCE:
+        if module not in modules and _counts(module):
             modules[module], imported = _module(module, package)
             waiting += imported
     return {"revision": declared["REVISION"], "modules": dict(sorted(modules.items()))}
+
+
+def _counts(module: str) -> bool:
+    """Whether a module may decide bytes: neither it nor a package that it is in is NOT_SCIENCE."""
+    return NOT_SCIENCE.isdisjoint(itertools.accumulate(module.split("."), "{}.{}".format))
 
 
 @functools.cache

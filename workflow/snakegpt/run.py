@@ -189,7 +189,7 @@ def _explain_failure(label: str, status: int) -> None:
     if status < 0:
         say(f"{label}  was killed by {signal.Signals(-status).name}; the same command tries again")
     elif status == RETRY:
-        say(f"{label}  stopped with its state saved; the same command resumes it")
+        say(f"{label}  stopped; the same command goes on from its last saved state")
     else:
         say(f"{label}  failed with status {status}")
 
@@ -272,25 +272,29 @@ def _roles(groups: list[list[str]]) -> dict[str, list[Path]]:
 @reports_errors
 def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
+    calls = [words]
     if words and words[0].startswith("@"):  # a rule's arguments that no command line would take
-        words[:1] = json.loads(Path(words[0][1:]).read_text(encoding="utf-8"))
-    args = _parser().parse_args(words)
-    if args.log:
-        _tee(args.log)
-    run(
-        args.stage,
-        args.name,
-        args.settings,
-        _roles(args.input),
-        args.output,
-        Store.locate(args.store, check=args.check, link=args.link),
-        execution={**args.execution, **({"threads": args.threads} if args.threads else {})},
-        unhashed=_roles(args.unhashed),
-        state=args.state,
-        chain=args.provenance,
-        remote_url=args.remote,
-        push=args.push,
-    )
+        given = json.loads(Path(words[0][1:]).read_text(encoding="utf-8"))
+        each = given if isinstance(given[0], list) else [given]  # a job may have several runs
+        calls = [[*one, *words[1:]] for one in each]
+    runs = [_parser().parse_args(call) for call in calls]
+    if runs[0].log:
+        _tee(runs[0].log)
+    for args in runs:
+        run(
+            args.stage,
+            args.name,
+            args.settings,
+            _roles(args.input),
+            args.output,
+            Store.locate(args.store, check=args.check, link=args.link),
+            execution={**args.execution, **({"threads": args.threads} if args.threads else {})},
+            unhashed=_roles(args.unhashed),
+            state=args.state,
+            chain=args.provenance,
+            remote_url=args.remote,
+            push=args.push,
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from snakegpt.distributed import Group
 from snakegpt.model import Shape
-from snakegpt.progress import duration, quantity
+from snakegpt.progress import count, duration, quantity
 from snakegpt.settings import Training
 from snakegpt.tokens import TokenSet
 from snakegpt.updates import Launch, Updates
@@ -156,13 +156,14 @@ def efficiencies(
 ) -> list[dict[str, float]]:
     """For each number of ranks: ideal time over measured time, 1 being perfect.
 
-    weak, strong   rows of `measure`, one rank first
+    weak, strong   rows of `measure`, the fewest ranks first, against which the others stand
     """
+    fewest = strong[0]
     return [
         {
             "ranks": w["ranks"],
             "weak": weak[0]["step_s"] / w["step_s"],
-            "strong": strong[0]["step_s"] / (s["ranks"] * s["step_s"]),
+            "strong": fewest["ranks"] * fewest["step_s"] / (s["ranks"] * s["step_s"]),
         }
         for w, s in zip(weak, strong, strict=True)
     ]
@@ -175,12 +176,14 @@ def verdict(
     batch_tokens: int,
     steps: int,
     strategy: str,
+    asked_for: bool = False,
     halvable: bool = False,
 ) -> dict[str, Any]:
     """What the widest run says about the full one.
 
     gradient_bytes  as they are sent
-    strategy        that training would choose; fsdp where the states do not fit one device
+    strategy        that training would use; fsdp where the states do not fit one device, ...
+    asked_for       ... unless the settings ask for it by name
     halvable        whether they could be sent as bfloat16 instead
     returns         kind (fine, accumulate, fsdp, wire), text, and the predicted time of all steps
     """
@@ -192,12 +195,12 @@ def verdict(
         f"expect {quantity(rate, ' tokens/s')} and {duration(whole_s)} for all {steps:,} steps"
     )
     share = widest["communication_s"] / step_s
-    alone = strong[0]
+    fewest = strong[0]
     found = {"predicted_s": whole_s, "rate_tokens_per_s": rate, "communication_share": share}
     if ranks == 1:
         return {**found, "kind": "fine", "text": f"one rank: {expected}."}
-    slower = step_s > alone["step_s"]
-    if strategy == "fsdp":
+    slower = step_s > fewest["step_s"]
+    if strategy == "fsdp" and not asked_for:
         return {
             **found,
             "kind": "fsdp",
@@ -223,7 +226,7 @@ def verdict(
             f" exchange as much less often; {needs}; {expected}."
         )
         return {**found, "kind": "accumulate", "text": text}
-    worse = ", slower than one rank alone" if slower else ""
+    worse = f", slower than {count(fewest['ranks'], 'rank')} alone" if slower else ""
     text = (
         f"the wire is too slow: exchanges take {share:.0%} of a step on {ranks} ranks{worse};"
         f" {needs}; {expected}."

@@ -7,6 +7,8 @@ lets wait for ever. Asked with --test-only it says no to both at once.
 from __future__ import annotations
 
 import shlex
+import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -25,6 +27,11 @@ def require_taken(jobs: Iterable[Any], settings: Any) -> None:
     settings  of its Slurm executor
     raises    UserError that says which rule asks for what, what there is, and what Slurm says
     """
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            f"sbatch is not installed on {socket.gethostname()}, and executor: slurm wants it.\n"
+            "  call snakemake on a login node of the cluster; without the profile all runs on this machine"
+        )
     # Jobs of a rule ask alike, or as their experiment has them.
     kinds = {(job.rule.name, job.wildcards.get("experiment")): job for job in jobs}
     rules = {_asked_for(job, settings): rule for (rule, _), job in kinds.items()}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 
-from snakegpt.documents import Document
+from snakegpt.documents.document import Document
 from snakegpt.settings import Validation
 
 

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from snakegpt.continuation import Finished, fill, leave
 from snakegpt.counters import peak_memory_bytes
-from snakegpt.distributed import Group, StartAgain, StopRequest
+from snakegpt.distributed import Group, StopRequest
 from snakegpt.durable import write_atomically, write_text_atomically
 from snakegpt.errors import Interrupted, UserError
 from snakegpt.hardware import device_name, measure_matmul
 from snakegpt.huggingface_format import save_weights
 from snakegpt.metrics import Audience, Recorder, Work
 from snakegpt.model import Shape, flops_per_token, n_parameters
+from snakegpt.outcomes import StartAgain
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Training, science
 from snakegpt.stability import as_json

@@ -9,7 +9,7 @@ import threading
 import time
 from types import TracebackType
 
-from snakegpt.distributed import tell_outcome
+from snakegpt.outcomes import tell_outcome
 
 
 class Watchdog:

@@ -1,14 +1,16 @@
 """Launch settings and findings that follow from measurements, each with its evidence.
 
 A setting is advised only if a trial of it beat the defaults by GAIN or they failed; NVIDIA's guide
-discourages tuning in production, and lists NCCL_IB_DISABLE, NCCL_P2P_DISABLE and their like under
-debugging, so those are never advised: without InfiniBand NCCL takes sockets by itself.
+discourages tuning in production, and lists NCCL_P2P_DISABLE and its like under debugging, so those are
+never advised. NCCL_IB_DISABLE, of the same list, is: where RDMA is there and sockets are yet better, which
+is a defect of the fabric. Without RDMA it is not tried, since NCCL takes sockets by itself then.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -70,6 +72,14 @@ def candidates(
             f"several TCP streams carry {gain:.2f} times what one does, and there is no RDMA port"
         )
         found.append(Candidate("socket threads", [threads] * len(nodes), reason))
+    with_rdma = [node["host"] for node in nodes if _active_rdma(node)]
+    if backend == "nccl" and with_rdma:
+        reason = f"sockets, although RDMA ports are active on {', '.join(with_rdma)}: look at those"
+        environments = [
+            _interface_variables(backend, node["interface"]["name"]) | {"NCCL_IB_DISABLE": "1"}
+            for node in nodes
+        ]
+        found.append(Candidate("sockets instead of RDMA", environments, reason))
     inactive = [_inactive_rdma(node) for node in nodes]
     if backend == "nccl" and any(inactive) and all(map(_active_rdma, nodes)):
         ports = [{"NCCL_IB_HCA": "=" + ",".join(_active_rdma(node))} for node in nodes]
@@ -181,17 +191,23 @@ def spelled(candidate: Candidate) -> str:
 def differences(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(error or warning, what differs between nodes and where)."""
     found = []
+    named = by_name(nodes)
     for what, kind in VERSIONS.items():
-        values = {node["host"]: node["versions"][what] or "none" for node in nodes}
+        values = {name: node["versions"][what] or "none" for name, node in named.items()}
         if len(set(values.values())) > 1:
             found.append((kind, f"nodes differ in {what}: {_by_value(values)}"))
     for what, kind, of in (
         ("GPUs", "warning", lambda n: ", ".join(gpu["name"] for gpu in n["gpus"]) or "none"),
         ("driver", "warning", lambda n: n["gpus"][0]["driver_version"] if n["gpus"] else "none"),
+        ("GPU topology (nvidia-smi topo -m)", "warning", _numbered(nodes, "gpu_topology")),
+        ("cores", "warning", lambda n: str(n["cores"])),
+        ("NUMA nodes", "warning", lambda n: str(n["numa_nodes"])),
+        ("RDMA ports", "warning", _rdma),
         ("MTU towards node 0", "warning", lambda n: str(n["interface"]["mtu"])),
+        ("speed of the interface towards node 0", "warning", _advertised),
         ("lockable memory", "warning", _lockable),
     ):
-        values = {node["host"]: of(node) for node in nodes}
+        values = {name: of(node) for name, node in named.items()}
         if len(set(values.values())) > 1:
             found.append((kind, f"nodes differ in {what}: {_by_value(values)}"))
     for node in nodes:
@@ -199,6 +215,33 @@ def differences(nodes: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
             text = f"{node['host']} may lock {_lockable(node)} of memory: RDMA wants ulimit -l unlimited"
             found.append(("warning", text))
     return found
+
+
+def by_name(nodes: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Inventories by host name, which many machines have alike that nobody has named."""
+    hosts = [node["host"] for node in nodes]
+    return {
+        host if hosts.count(host) == 1 else f"node {k} ({host})": node
+        for k, (host, node) in enumerate(zip(hosts, nodes, strict=True))
+    }
+
+
+def _numbered(nodes: Sequence[Mapping[str, Any]], key: str) -> Callable[[Mapping[str, Any]], str]:
+    """Says which of the different values a node has, where they are too long to show."""
+    known = list(dict.fromkeys(node[key] for node in nodes))
+    return lambda node: f"kind {known.index(node[key]) + 1}" if node[key] else "none"
+
+
+def _rdma(node: Mapping[str, Any]) -> str:
+    """Active ports by what they are: 8 x InfiniBand 400 Gb/sec (4X NDR)."""
+    active = [port for port in node["rdma_ports"] if port["state"] == "ACTIVE"]
+    kinds = Counter(f"{port['link_layer']} {port['rate']}" for port in active)
+    return ", ".join(f"{n} x {kind}" for kind, n in sorted(kinds.items())) or "none active"
+
+
+def _advertised(node: Mapping[str, Any]) -> str:
+    speed = node["interface"]["speed_mbit_per_s"]
+    return quantity(1e6 * speed, "bit/s") if speed else "unknown"
 
 
 def _lockable(node: Mapping[str, Any]) -> str:

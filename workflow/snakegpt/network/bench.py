@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from snakegpt.errors import UserError
-from snakegpt.launching import Place, run_ranks
-from snakegpt.network import advice, iperf, links, nodes
+from snakegpt.launching import run_ranks
+from snakegpt.network import advice, collectives, iperf, links, nodes
 from snakegpt.network.advice import Candidate
-from snakegpt.network.interfaces import interface_towards, interface_with, require_known
+from snakegpt.network.interfaces import (
+    address_of,
+    interface_towards,
+    interface_with,
+    require_known,
+)
 from snakegpt.network.meeting import Meeting, told_to_all
+from snakegpt.nodes import Place
 from snakegpt.progress import say
 
 RESULT = "SNAKEGPT_TRIAL"  # the file that rank 0 of a trial writes to
@@ -66,7 +72,7 @@ def _measure(task: Task, meeting: Meeting) -> dict[str, Any]:
     place, label = meeting.place, task.label
     alone = place.nodes == 1
     tell: Callable[[str], None] = (lambda text: say(f"{label}  {text}")) if place.leads else _silent
-    interface = interface_with(_own_address(place))
+    interface = interface_with(_own_address(meeting))
     mine = {**nodes.inventory(interface), "ranks": task.ranks}
     inventories = meeting.share("inventory", mine)
     warnings = _refuse_differences(inventories)
@@ -126,19 +132,22 @@ def _silent(text: str) -> None:
     """Nodes other than 0 say nothing: what they find, node 0 writes down."""
 
 
-def _own_address(place: Place) -> str:
-    """This node's address as the others reach it: the one that its route to node 0 leaves from."""
+def _own_address(meeting: Meeting) -> str:
+    """This node's address as the others reach it: the one that its route to node 0 leaves from.
+
+    Node 0 is told by the others: its name often stands for 127.0.1.1 on itself, Debian's habit.
+    """
+    place = meeting.place
     if place.nodes == 1:
         return LOOPBACK
-    if place.leads:
-        return interface_towards(place.host, own=True).address
-    return interface_towards(place.host).address
+    reached = meeting.share("address", "" if place.leads else address_of(place.host))
+    return reached[1] if place.leads else interface_towards(place.host).address
 
 
 def _refuse_differences(inventories: list[dict[str, Any]]) -> list[str]:
     """Warnings about what differs between nodes; UserError if it keeps ranks from running together."""
     found = advice.differences(inventories)
-    ranks = {node["host"]: str(node["ranks"]) for node in inventories}
+    ranks = {name: str(node["ranks"]) for name, node in advice.by_name(inventories).items()}
     if len(set(ranks.values())) > 1:
         counts = ", ".join(f"{n} on {host}" for host, n in ranks.items())
         text = (
@@ -261,6 +270,7 @@ class Trials:
                 threads=task.threads,
                 launch=self._launches,
                 environment={**environment, RESULT: str(result)},
+                start_timeout_s=collectives.CONNECT_S,  # nodes have just met
             )
             mine: dict[str, Any] = {"status": outcome.status, "text": outcome.text}
             if place.leads and not outcome.status:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -29,10 +30,21 @@ class Interface:
     loopback: bool
 
 
-def interface_towards(peer: str, *, own: bool = False) -> Interface:
-    """The interface that packets to a host leave through.
+def address_of(host: str) -> str:
+    """What a name stands for on this machine; UserError if it does not resolve."""
+    return str(_resolved(host)[1][0])
 
-    own      the peer is an address of this machine, wanted for the interface that others reach it by
+
+def _resolved(host: str) -> tuple[socket.AddressFamily, tuple[Any, ...]]:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    except OSError as error:
+        raise UserError(f"host {host} does not resolve: {error.strerror or error}.") from None
+    return family, address
+
+
+def interface_towards(peer: str) -> Interface:
+    """The interface that packets to a host leave through.
 
     The route decides, never "the first one that is up", which may be a container bridge. Connecting a
     UDP socket makes the kernel choose a route and sends nothing.
@@ -40,18 +52,13 @@ def interface_towards(peer: str, *, own: bool = False) -> Interface:
     raises   UserError if the name does not resolve, no route leads there, or the route's address
              belongs to no interface
     """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
-    except OSError as error:
-        raise UserError(f"host {peer} does not resolve: {error.strerror or error}.") from None
-    with socket.socket(family, kind, protocol) as probe:
+    family, address = _resolved(peer)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(address)
         except OSError as error:
             raise UserError(f"no route leads to {peer} ({address[0]}): {error.strerror}.") from None
         source = probe.getsockname()[0]
-    if own:
-        return interface_with(str(address[0]))
     if source == address[0]:  # a host's own addresses are reached without leaving it
         source = "127.0.0.1" if family == socket.AF_INET else "::1"
     return interface_with(source)
@@ -64,7 +71,9 @@ def interface_with(address: str) -> Interface:
         for found in addresses:
             if found.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
-            if ipaddress.ip_address(found.address.partition("%")[0]) == wanted:
+            here = ipaddress.ip_interface(f"{found.address.partition('%')[0]}/{_prefix(found)}")
+            # All of 127.0.0.0/8 is this machine, also what Debian has its own name stand for: 127.0.1.1.
+            if wanted == here.ip or (wanted.is_loopback and wanted in here.network):
                 state = psutil.net_if_stats()[name]
                 return Interface(
                     name=name,
@@ -74,6 +83,11 @@ def interface_with(address: str) -> Interface:
                     loopback=wanted.is_loopback,
                 )
     raise UserError(f"no network interface of this machine has the address {address}.")
+
+
+def _prefix(found: Any) -> str:
+    """Of an address as psutil has it: IPv4's mask; of IPv6 the address alone, whose masks differ in form."""
+    return str(found.netmask or 32) if found.family == socket.AF_INET else "128"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import socket
 import threading
 import time
@@ -17,11 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from snakegpt.launching import MEASURING_PORT
+from snakegpt.errors import UserError
 from snakegpt.network import iperf
 from snakegpt.network.meeting import Meeting
+from snakegpt.nodes import MEASURING_PORT, RENDEZVOUS
 
 ROUND_TRIPS = 300
+UDP_ATTEMPTS = (
+    3  # iperf3 sends its first datagram once, and a wire that loses some may lose that one
+)
 STREAMS = 4  # of the test that shows whether one stream fills the wire
 ALL_PAIRS_UP_TO = 8  # nodes; a ring of pairs beyond, whose time does not grow with their number
 IP_MTU = 14  # <linux/in.h>; Python's socket module does not name it
@@ -115,14 +120,23 @@ def measure_link(
         if udp_bit_per_s:
             tests["udp"] = {"udp_bit_per_s": udp_bit_per_s}
         for name, options in tests.items():
-            row[name], why = iperf.measure(program, address, port + 1, seconds=seconds, **options)
+            for _ in range(UDP_ATTEMPTS if name == "udp" else 1):
+                row[name], why = iperf.measure(
+                    program, address, port + 1, seconds=seconds, **options
+                )
+                if why is None:
+                    break
             if why:
                 reason[name] = why
     else:
         row["method"] = "plain TCP, since iperf3 is not installed on both nodes"
+        if udp_bit_per_s:
+            reason["udp"] = "iperf3 is not installed on both nodes"
         for name, way in (("up", SEND), ("down", RECEIVE)):
             try:
                 rate = plain_tcp(address, port, way, seconds)
+                if math.isnan(rate):  # which JSON does not know
+                    raise OSError("too little arrived to count")
                 row[name] = {"streams": 1, "bits_per_second": rate, "gb_per_s": rate / 8e9}
             except OSError as error:
                 row[name], reason[name] = None, f"{address}:{port}: {error}"
@@ -188,12 +202,23 @@ def _receive_rate(connection: socket.socket, seconds: float) -> float:
 
 @contextlib.contextmanager
 def serving(address: str, port: int, by_iperf3: bool) -> Iterator[None]:
-    """The other side of `measure_link`, for as long as the block lasts."""
+    """The other side of `measure_link`, for as long as the block lasts.
+
+    raises   UserError if this node cannot listen there
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.ExitStack() as stack:
         program = iperf.program() if by_iperf3 else None
-        if program:
-            stack.enter_context(iperf.server(program, address, port + 1))
-        listener = stack.enter_context(socket.create_server((address, port)))
+        try:
+            if program:
+                stack.enter_context(iperf.server(program, address, port + 1))
+            listener = stack.enter_context(socket.create_server((address, port), family=family))
+        except OSError as error:
+            what = "iperf3 did not start listening" if isinstance(error, TimeoutError) else error
+            raise UserError(
+                f"{socket.gethostname()} cannot listen at {address}, port {port} or {port + 1}: {what}.\n"
+                f"  choose another port in {RENDEZVOUS}; this is {MEASURING_PORT} above it"
+            ) from None
         threading.Thread(target=_serve, args=(listener,), daemon=True).start()
         yield
         # Wakes accept, which closing the descriptor alone does not.

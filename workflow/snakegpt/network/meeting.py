@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import queue
 import socket
+import threading
 import time
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from snakegpt.errors import UserError
-from snakegpt.launching import Place
+from snakegpt.nodes import Place
 
 Value = TypeVar("Value")
 
@@ -33,6 +35,7 @@ class Meeting:
     def __init__(self, place: Place, wait_s: float = 60.0) -> None:
         self.place, self.wait_s = place, wait_s
         self.names = [f"node {k}" for k in range(place.nodes)]
+        self._silent = False  # node 0, which then is not asked again
         self._store = self._open() if place.nodes > 1 else None
         self.names = [
             f"node {k} ({name})" for k, name in enumerate(self.share("name", socket.gethostname()))
@@ -44,13 +47,15 @@ class Meeting:
             require_reachable(place.host, place.port, self.wait_s)
         limit = datetime.timedelta(seconds=self.wait_s)
         try:
-            return TCPStore(
-                "127.0.0.1" if place.leads else place.host,
-                place.port,
-                world_size=place.nodes,
-                is_master=place.leads,
-                timeout=limit,
-                wait_for_workers=False,
+            return self._ask(
+                lambda: TCPStore(
+                    "127.0.0.1" if place.leads else place.host,
+                    place.port,
+                    world_size=place.nodes,
+                    is_master=place.leads,
+                    timeout=limit,
+                    wait_for_workers=False,
+                )
             )
         except RuntimeError as error:
             raise UserError(
@@ -68,13 +73,12 @@ class Meeting:
         self.tell(f"{name}/{self.place.node}", value)
         keys = [f"{name}/{k}" for k in range(self.place.nodes)]
         self.wait_for(keys, wait_s=wait_s)
-        with self._reaching():
-            return [json.loads(self._store.get(key)) for key in keys]
+        return [json.loads(self._get(key)) for key in keys]
 
     def tell(self, key: str, value: Any = None) -> None:
         if self._store:
             with self._reaching():
-                self._store.set(key, json.dumps(value))
+                self._set(key, value)
 
     def close(self) -> None:
         """The last thing of a node: node 0, with whom the store ends, waits for all others' last."""
@@ -84,14 +88,13 @@ class Meeting:
 
     def wait_for(self, keys: list[str], *, wait_s: float | None = None) -> None:
         """Wait until all keys are told; the last word of a key says which node tells it."""
-        assert self._store
         limit_s = self.wait_s if wait_s is None else wait_s
         deadline = time.monotonic() + limit_s
         waiting = list(keys)
         with self._reaching():
-            while waiting := [key for key in waiting if not self._store.check([key])]:
-                if self._store.check([FAILED]):
-                    raise UserError(json.loads(self._store.get(FAILED)))
+            while waiting := [key for key in waiting if not self._is_told(key)]:
+                if self._is_told(FAILED):
+                    raise UserError(json.loads(self._get(FAILED)))
                 if time.monotonic() > deadline:
                     silent = [self.names[int(key.rsplit("/", 1)[1])] for key in waiting]
                     what = waiting[0].split("/")[0]
@@ -100,6 +103,53 @@ class Meeting:
                         "  is the command running there, with the same rendezvous? does the node hang?"
                     )
                 time.sleep(POLL_S)
+
+    def _is_told(self, key: str) -> bool:
+        assert self._store
+        store = self._store
+        return self._ask(lambda: store.check([key]))
+
+    def _get(self, key: str) -> bytes:
+        assert self._store
+        store = self._store
+        with self._reaching():
+            return self._ask(lambda: store.get(key))
+
+    def _set(self, key: str, value: Any) -> None:
+        assert self._store
+        store = self._store
+        self._ask(lambda: store.set(key, json.dumps(value)))
+
+    def _ask(self, question: Callable[[], Value]) -> Value:
+        """The answer of node 0's store, in bounded time.
+
+        torch (2.13) waits for ever for a store whose process stands still: its host goes on accepting
+        connections. So another thread asks, and stays behind if there is no answer.
+        """
+        if self.place.leads:
+            return question()
+        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        if not self._silent:
+            threading.Thread(target=ask, daemon=True).start()
+        try:
+            answer, error = answers.get(timeout=0 if self._silent else self.wait_s)
+        except queue.Empty:
+            self._silent = True  # whoever asks again waits for the question before
+            raise UserError(
+                f"no answer from {self.names[0]} within {self.wait_s:.0f} s, though its host accepts"
+                f" connections at {self.place.host}:{self.place.port}.\n"
+                "  does the command hang there, or is this the port of something else?"
+            ) from None
+        if error:
+            raise error
+        return cast(Value, answer)
 
     @contextlib.contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -112,12 +162,10 @@ class Meeting:
 
     def fail(self, text: str) -> None:
         """Let all nodes end with this error instead of waiting for one that will not answer."""
-        if self._store:
-            try:
-                self._store.set(FAILED, json.dumps(text))
+        if self._store and not self._silent:
+            with contextlib.suppress(RuntimeError, UserError):  # node 0 ended before, or hangs
+                self._set(FAILED, text)
                 time.sleep(10 * POLL_S if self.place.leads else 0)  # the store ends with node 0
-            except RuntimeError:
-                pass  # node 0 ended before
 
 
 @contextlib.contextmanager

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 
-from snakegpt import distributed, launching
+from snakegpt import distributed
 from snakegpt.command import block, how_to_run, only_path, read_json, stage_parser, write_json
 from snakegpt.errors import UserError, reports_errors
-from snakegpt.launching import Place
 from snakegpt.model import n_parameters
 from snakegpt.network import bench, collectives
+from snakegpt.nodes import ALONE, choose_ranks_per_node, on_every_node, place_of
+from snakegpt.outcomes import reporting_outcome
 from snakegpt.placement import shape_of
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Execution, Model
@@ -79,16 +80,14 @@ def bench_network(
         result = Path(os.environ[bench.RESULT])
         collectives.measure_as_rank(device, local_rank, gradient_bytes, result)
         return
-    place = launching.place_of(os.environ)
+    place = place_of(os.environ)
     if place is None and execution.nodes > 1:
         shared = out.parent / f"{out.name}-ranks"
-        launching.on_every_node(
-            MODULE, arguments, nodes=execution.nodes, threads=threads, shared=shared
-        )
+        on_every_node(MODULE, arguments, nodes=execution.nodes, threads=threads, shared=shared)
         return
-    place = place or Place(0, 1, bench.LOOPBACK, 0)
+    place = place or ALONE
     rows = max(1, batch_tokens // model.context) if batch_tokens else DIVISIBLE_ROWS * place.nodes
-    ranks = launching.choose_ranks_per_node(
+    ranks = choose_ranks_per_node(
         execution, nodes=place.nodes, device=device, rows=rows, threads=threads
     )
     task = bench.Task(
@@ -129,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     args = stage_parser(__doc__, {"tokenizer": "tokenizer.json"}).parse_args(argv)
     how = how_to_run(args, "bench_network", "batch_tokens")
     args.out.mkdir(parents=True, exist_ok=True)
-    with distributed.reporting_outcome():
+    with reporting_outcome():
         bench_network(
             block(Model, args.settings.get("model"), "model"),
             how.settings,

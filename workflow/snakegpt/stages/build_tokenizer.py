@@ -23,7 +23,9 @@ from typing import Any
 
 from snakegpt import bpe_training
 from snakegpt.command import block, how_to_run, only_path, stage_parser
-from snakegpt.documents import Counts, Document, TextSettings, read_documents
+from snakegpt.documents.choice import Counts, TextSettings
+from snakegpt.documents.document import Document
+from snakegpt.documents.reading import read_documents
 from snakegpt.errors import UserError, nearest, reports_errors
 from snakegpt.locks import Archive, Entry, File
 from snakegpt.progress import quantity, say
@@ -40,7 +42,7 @@ from snakegpt.tokenizers import (
 )
 
 REVISION = 1
-SCIENCE = ("snakegpt.tokenizers", "snakegpt.bpe_training", "snakegpt.documents")
+SCIENCE = ("snakegpt.tokenizers", "snakegpt.bpe_training", "snakegpt.documents.reading")
 
 KINDS = ("gpt2", "tiktoken", "char", "byte", "bpe")
 

@@ -25,7 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
-from snakegpt.documents import Counts, Document, TextSettings, read_documents
+from snakegpt.documents.choice import Counts, TextSettings
+from snakegpt.documents.document import Document
+from snakegpt.documents.reading import read_documents
 from snakegpt.engines import Engine, encoder
 from snakegpt.errors import reports_errors
 from snakegpt.progress import Progress, quantity
@@ -39,7 +41,12 @@ WRITE_TOKENS = 1 << 17  # that wait in memory: few enough for the processor's ca
 REPORT_S = 0.2  # between looks at the clock of the progress line
 
 REVISION = 4  # 4: several shards a part
-SCIENCE = ("snakegpt.documents", "snakegpt.tokenizers", "snakegpt.shards", "snakegpt.splitting")
+SCIENCE = (
+    "snakegpt.documents.reading",
+    "snakegpt.tokenizers",
+    "snakegpt.shards",
+    "snakegpt.splitting",
+)
 
 
 def encode_tokens(

@@ -24,22 +24,25 @@ import torch
 
 from snakegpt import distributed, launching, scaling
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
-from snakegpt.errors import UserError, reports_errors
-from snakegpt.launching import Place
+from snakegpt.errors import RETRY, Interrupted, UserError, reports_errors
 from snakegpt.model import n_parameters
+from snakegpt.network.interfaces import require_known
 from snakegpt.network.meeting import Meeting, told_to_all
+from snakegpt.nodes import ALONE, choose_ranks_per_node, on_every_node, place_of
+from snakegpt.outcomes import reporting_outcome
 from snakegpt.placement import choose_passes, shape_of
-from snakegpt.progress import columns, say
+from snakegpt.progress import columns, count, say
 from snakegpt.settings import Execution, Model, Training, exchange_problem
 from snakegpt.tokens import open_sets, read_manifest
 from snakegpt.updates import Launch
 
-REVISION = 1  # bump when what is measured changes by code outside SCIENCE
+REVISION = 2  # bump when what is measured changes by code outside SCIENCE
 SCIENCE = ("snakegpt.scaling",)
 
 MODULE = "snakegpt.stages.measure_scaling"
 RESULT = "SNAKEGPT_SCALING"  # the file that rank 0 of a run writes to
 LIMIT_S = 20.0  # of each timed run
+CONNECT_S = 60.0  # nodes have just met, so that one that does not come by then hangs
 SLOWEST_RUN_S = 600.0
 
 
@@ -64,26 +67,37 @@ def measure_scaling(
     if distributed.is_rank():
         _as_rank(model, training, execution, manifest, tokens, device, threads, rows)
         return
-    place = launching.place_of(os.environ)
+    place = place_of(os.environ)
     if place is None and execution.nodes > 1:
         shared = out.parent / f"{out.name}-ranks"
         nodes = execution.nodes
-        launching.on_every_node(MODULE, arguments, nodes=nodes, threads=threads, shared=shared)
+        on_every_node(MODULE, arguments, nodes=nodes, threads=threads, shared=shared)
         return
-    place = place or Place(0, 1, "127.0.0.1", 0)
-    per_node = launching.choose_ranks_per_node(
+    place = place or ALONE
+    per_node = choose_ranks_per_node(
         execution, nodes=place.nodes, device=device, rows=rows, threads=threads
     )
     environment = {}
     if execution.network_environment:
         environment = launching.advised_environment(network, place.nodes, label=label)
     meeting = Meeting(place)
-    found = []
+    found: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    counts = _counts(per_node, place.nodes, rows)
     with told_to_all(meeting):
-        for launch, ranks in enumerate(_counts(per_node, place.nodes, rows), start=1):
-            found.append(_run(meeting, ranks, per_node, launch, arguments, environment, threads))
+        require_known(os.environ)
+        for launch, ranks in enumerate(counts, start=1):
+            run = _run(meeting, ranks, per_node, launch, arguments, environment, threads)
+            what = "measured"
+            if "failure" not in run:
+                found.append(run)
+            elif ranks == counts[-1]:
+                raise UserError(f"{ranks} ranks failed: {run['failure']}")
+            else:  # a model that only many ranks can hold
+                failed.append({"ranks": ranks, "reason": _in_a_line(run["failure"])})
+                what = f"failed: {failed[-1]['reason']}"
             if place.leads:
-                say(f"{label}  {ranks} of {per_node * place.nodes} ranks measured")
+                say(f"{label}  {ranks} of {per_node * place.nodes} ranks {what}")
     if not place.leads:
         return
     weak, strong = ([run[kind] for run in found] for kind in ("weak", "strong"))
@@ -98,14 +112,18 @@ def measure_scaling(
         batch_tokens=training.batch_tokens,
         steps=training.steps,
         strategy=strategy,
+        asked_for=execution.strategy != "auto",
         halvable=whole and problem is None,
     )
+    for run in failed:
+        said["text"] += f" Not measured: {count(run['ranks'], 'rank')}, {run['reason']}."
     result = {
         "machine": machine,
         "nodes": place.nodes,
         "gradient_bytes": gradient_bytes,
         "weak": weak,
         "strong": strong,
+        "failed": failed,
         "efficiencies": scaling.efficiencies(weak, strong),
         "verdict": said,
     }
@@ -134,7 +152,11 @@ def _run(
     environment: dict[str, str],
     threads: int,
 ) -> dict[str, Any]:
-    """Runs on so many ranks, on as few nodes as hold them; every node waits for the result."""
+    """Runs on so many ranks, on as few nodes as hold them; every node waits for the result.
+
+    returns  what rank 0 wrote, or `failure`: why there is nothing, in words
+    raises   Interrupted if a node was asked to stop
+    """
     place = meeting.place
     local = min(ranks, per_node)
     within = replace(place, nodes=ranks // local)
@@ -152,17 +174,24 @@ def _run(
                 threads=share,
                 launch=launch,
                 environment={**environment, RESULT: str(result)},
+                start_timeout_s=CONNECT_S,
             )
             if outcome.status:
-                mine["failure"] = outcome.text
+                mine.update(failure=outcome.text, stopped=outcome.status == RETRY)
             elif place.leads:
                 mine["run"] = json.loads(result.read_text(encoding="utf-8"))
     everyone = meeting.share(f"scaling-{launch}", mine, wait_s=SLOWEST_RUN_S)
-    failures = [each["failure"] for each in everyone if "failure" in each]
-    if failures:
-        raise UserError(f"{ranks} ranks failed: {failures[0]}")
-    run: dict[str, Any] = everyone[0]["run"]
+    failures = [each for each in everyone if "failure" in each]
+    if any(each["stopped"] for each in failures):
+        raise Interrupted("stopped; the same command measures anew")
+    run: dict[str, Any] = failures[0] if failures else everyone[0]["run"]
     return run
+
+
+def _in_a_line(failure: str) -> str:
+    """What went wrong, of a message or of a traceback, which says it last."""
+    lines = failure.strip().splitlines()
+    return lines["Traceback" in failure and -1].strip().rstrip(".")
 
 
 def _as_rank(
@@ -212,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     how = how_to_run(args, "measure_scaling", "network")
     network = how.extras["network"]
     args.out.mkdir(parents=True, exist_ok=True)
-    with distributed.reporting_outcome():
+    with reporting_outcome():
         measure_scaling(
             block(Model, args.settings.get("model"), "model"),
             block(Training, args.settings.get("training"), "training"),

@@ -26,6 +26,8 @@ from snakegpt.errors import UserError, reports_errors
 from snakegpt.hardware import measure_matmul
 from snakegpt.metrics import require_writers
 from snakegpt.model import Shape, flops_per_token, n_parameters
+from snakegpt.nodes import choose_ranks_per_node
+from snakegpt.outcomes import reporting_outcome
 from snakegpt.placement import (
     choose_passes,
     in_one_order,
@@ -94,9 +96,7 @@ def plan_training(
     if calibrates and placement.ranks > 1 and not distributed.is_rank():
         module = "snakegpt.stages.plan_training"
         try:
-            distributed.launch(
-                module, arguments, ranks=placement.ranks, threads=threads, environment={}
-            )
+            launching.launch(module, arguments, ranks=placement.ranks, threads=threads)
             return
         except SystemExit as failure:  # a rank had too little memory, say; training has ways out
             say(f"{failure}\n{label}  plans without the steps that were tried: they failed")
@@ -143,7 +143,7 @@ def _place(
     device = distributed.choose_device(execution.device)
     divisible = shares(execution, rows)
     nodes = execution.nodes
-    ranks = nodes * launching.choose_ranks_per_node(
+    ranks = nodes * choose_ranks_per_node(
         execution, nodes=nodes, device=device, rows=divisible, threads=threads
     )
     distributed.require_divisor(ranks, divisible)
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     args = stage_parser(__doc__, {"tokenizer": "tokenizer.json"}).parse_args(argv)
     how = how_to_run(args, "plan_training", "corpus_bytes", "validation_fraction")
     args.out.mkdir(parents=True, exist_ok=True)
-    with distributed.reporting_outcome():
+    with reporting_outcome():
         plan_training(
             block(Model, args.settings.get("model"), "model"),
             block(Training, args.settings.get("training"), "training"),

@@ -20,13 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from snakegpt.command import block, how_to_run, only_path, stage_parser, write_json
-from snakegpt.documents import Counts, Document, TextSettings, read_documents
+from snakegpt.documents.choice import Counts, TextSettings
+from snakegpt.documents.document import Document
+from snakegpt.documents.reading import read_documents
 from snakegpt.errors import reports_errors
 from snakegpt.progress import Progress, quantity
 from snakegpt.sources.corpora import Source, sources_of
 
 REVISION = 1
-SCIENCE = ("snakegpt.documents",)
+SCIENCE = ("snakegpt.documents.reading",)
 
 EXAMPLES = 20  # overlaps that are told in words
 

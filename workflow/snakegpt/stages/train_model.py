@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,10 @@ from snakegpt.huggingface_format import to_config
 from snakegpt.identity import file_digest
 from snakegpt.metrics import require_writers
 from snakegpt.model import n_parameters
+from snakegpt.network.interfaces import require_known
 from snakegpt.network.meeting import Meeting, told_to_all
+from snakegpt.nodes import choose_ranks_per_node, on_every_node, place_of
+from snakegpt.outcomes import reporting_outcome
 from snakegpt.placement import (
     choose_passes,
     in_one_order,
@@ -93,9 +97,9 @@ def train_model(
     shape = shape_of(model, vocabulary)
     rows = rows_of_a_step(model, training)
     device = distributed.choose_device(execution.device)
-    place = launching.place_of(os.environ)
+    place = place_of(os.environ)
     if execution.nodes > 1 and place is None and not distributed.is_rank():
-        launching.on_every_node(
+        on_every_node(
             MODULE,
             arguments,
             nodes=execution.nodes,
@@ -109,7 +113,7 @@ def train_model(
     ranks = distributed.world_size()
     if ranks is None:
         nodes = place.nodes if place else 1
-        ranks = nodes * launching.choose_ranks_per_node(
+        ranks = nodes * choose_ranks_per_node(
             execution, nodes=nodes, device=device, rows=divisible, threads=threads
         )
     distributed.require_divisor(ranks, divisible)
@@ -135,37 +139,29 @@ def train_model(
             f"  set execution.ranks to at most {windows}, or use a smaller model.context"
         )
     if ranks > 1 and not distributed.is_rank():
+        nodes = place.nodes if place else 1
         environment = {}
         if execution.network_environment:
             environment = launching.advised_environment(network, nodes, label=label)
-        if place:
-            # torchrun would say that a node is missing, but not which.
-            wait_s = execution.hang_timeout_s or launching.START_TIMEOUT_S
-            with told_to_all(Meeting(place, wait_s)):
-                pass
-            launching.run_ranks(
-                MODULE,
-                arguments,
-                place,
-                ranks=ranks // nodes,
-                threads=threads,
-                environment=environment,
-                logs=state / "ranks" / f"node{place.node}",
-                share_outcome=True,
-                stop_timeout_s=execution.stop_timeout_s,
-                start_timeout_s=wait_s,
-            ).raise_for_status()
+        how: dict[str, Any] = {
+            "ranks": ranks // nodes,
+            "threads": threads,
+            "environment": environment,
+            "logs": state / "ranks" / f"node{place.node if place else 0}",
+            "stop_timeout_s": execution.stop_timeout_s,
+        }
+        if place is None:
+            require_known(os.environ)
+            restarts, progress = execution.restarts, lambda: newest_step(state)
+            launching.launch(MODULE, arguments, restarts=restarts, progress=progress, **how)
             return
-        distributed.launch(
-            MODULE,
-            arguments,
-            ranks=ranks,
-            threads=threads,
-            environment=environment,
-            stop_timeout_s=execution.stop_timeout_s,
-            restarts=execution.restarts,
-            progress=lambda: newest_step(state),
-        )
+        # torchrun would say that a node is missing, but not which.
+        wait_s = execution.hang_timeout_s or launching.START_TIMEOUT_S
+        with told_to_all(Meeting(place, wait_s)):
+            require_known(os.environ)
+        launching.run_ranks(
+            MODULE, arguments, place, share_outcome=True, start_timeout_s=wait_s, **how
+        ).raise_for_status()
         return
     if device == "cpu":
         distributed.keep_freed_memory()
@@ -257,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     how = how_to_run(args, "train_model", "network", "started_from")
     network = how.extras["network"]
     args.out.mkdir(parents=True, exist_ok=True)
-    with distributed.reporting_outcome():
+    with reporting_outcome():
         train_model(
             block(Model, args.settings.get("model"), "model"),
             block(Training, args.settings.get("training"), "training"),
