@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from snakegpt import run as runner
-from snakegpt.errors import USER_ERROR, UserError, reports_errors
+from snakegpt.errors import RETRY, USER_ERROR, UserError, reports_errors
 from snakegpt.store import Store, links
 
 FILES = {"big.bin": b"0123456789" * 1000, "files/one.txt": b"one", "files/deep/two.txt": b"two"}
@@ -144,6 +144,25 @@ def test_a_kill_at_any_step_loses_and_spoils_nothing(project, before):
             for folder in ("tmp", "locks", "state"):
                 assert not list((store.root / folder).iterdir())
     assert kills > 30  # so many steps there are, and each was tried
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        (-signal.SIGTERM, RETRY),  # asked to stop while it starts, when it does not listen yet
+        (-signal.SIGUSR1, RETRY),
+        (-signal.SIGKILL, 1),
+        (RETRY, RETRY),
+        (USER_ERROR, USER_ERROR),
+        (130, 1),
+    ],
+)
+def test_who_was_asked_to_stop_asks_for_a_retry(project, ending, status):
+    runner._call = lambda *_: ending
+    place = {"execution": {}, "unhashed": {}, "state": True, "chain": False}
+    with pytest.raises(SystemExit) as left:
+        runner.run("index_tokens", "x", {}, {}, FOLDER, Store("store"), **place)
+    assert left.value.code == status
 
 
 @pytest.mark.long

@@ -117,13 +117,18 @@ def test_smaller_micro_batches_divide_the_share():
     assert [smaller(rows, 12) for rows in (12, 6, 4, 3, 2, 1)] == [6, 3, 2, 1, 1, None]
 
 
-def run_out_of_memory_above(rows, one, monkeypatch, *, unless_twice: bool = False) -> None:
+GPU_IS_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def run_out_of_memory_above(
+    rows, one, monkeypatch, *, unless_twice: bool = False, error: RuntimeError = GPU_IS_FULL
+) -> None:
     updates = one.updates
     losses = updates._losses
 
     def limited(network, ids, targets, reduction):
         if len(ids) > rows and network.training and not (unless_twice and updates.computes_twice):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise error
         return losses(network, ids, targets, reduction)
 
     monkeypatch.setattr(updates, "_losses", limited)
@@ -142,6 +147,37 @@ def test_out_of_memory_takes_fewer_rows_and_the_same_steps(manifest, tmp_path, m
     assert "4 rows at once do not fit: 2 from here on" in said
     losses = [[x["loss"] for x in metrics(f, "train")] for f in (tmp_path / "roomy", tmp_path)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def allocated_by_a_cpu() -> RuntimeError:
+    """What torch says where a CPU has no room: more bytes than any address space."""
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(1 << 60)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        allocated_by_a_cpu(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1 GB)"),
+    ],
+    ids=["cpu", "cublas", "mps"],
+)
+def test_no_room_is_known_by_every_name_it_has(manifest, tmp_path, monkeypatch, capsys, error):
+    assert why_it_does_not_compile(lambda: (_ for _ in ()).throw(error)) is None
+    tight = trainer(tmp_path / "a", manifest)
+    run_out_of_memory_above(4, tight, monkeypatch, error=error)
+    tight.run(tmp_path)
+    assert "8 rows at once do not fit: 4 from here on" in capsys.readouterr().err
+
+
+def test_another_error_is_no_lack_of_memory(manifest, tmp_path, monkeypatch):
+    wrong = trainer(tmp_path / "a", manifest)
+    run_out_of_memory_above(4, wrong, monkeypatch, error=RuntimeError("size mismatch"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        wrong.run(tmp_path)
 
 
 def test_where_not_one_row_fits_activations_are_computed_twice_then_it_is_a_mistake(

@@ -74,7 +74,7 @@ def test_too_little_memory_is_said_and_planned_all_the_same(
 
 
 def test_a_batch_that_is_no_whole_number_of_rows_names_its_neighbours(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"1,500 is not a multiple.*1,024.*and 2,048"):
+    with pytest.raises(UserError, match=r"1,500 is not a multiple(.|\n)*1,024 and 2,048"):
         make(tokenizer, tmp_path, training={"batch_tokens": 1500})
 
 
@@ -161,6 +161,23 @@ def test_a_calibration_is_an_artefact_of_its_own_and_gives_the_time(tmp_path, ra
     assert measured["peak_memory_bytes"] > 1e8
     assert "5 steps measured" in done.stderr
     assert "cost" in done.stderr
+
+
+def test_steps_that_fail_on_several_ranks_are_planned_without(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    """The training that follows takes a smaller micro-batch where memory ends; a plan must not stop it."""
+
+    def failing(*_, **__):
+        raise SystemExit("error: rank 1: TooLarge")
+
+    monkeypatch.setattr(stage.launching, "launch", failing)
+    monkeypatch.setattr(stage, "_why_not_tried", lambda *_: None)
+    plan = planned(tokenizer, tmp_path, execution={"calibration_steps": 4, "ranks": 2})
+    assert plan["calibration"] is None
+    assert not (tmp_path / "calibration.json").exists()
+    said = capsys.readouterr().err
+    assert said.index("error: rank 1: TooLarge") < said.index("plans without the steps")
 
 
 def test_without_room_nothing_is_tried(tokenizer, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import typing
 from pathlib import Path
 
@@ -95,6 +96,16 @@ def test_the_shipped_configuration_is_valid_at_both_scales():
             "experiments.gpt2.laptop.training.batch_tokens",
             1000,
             ["batch_tokens = 1,000", "context = 128", "896 and 1,024"],
+        ),
+        (
+            "experiments.gpt2.laptop.training.learning_rate",
+            math.inf,
+            ["learning_rate = inf", "finite number"],
+        ),
+        (
+            "experiments.gpt2.laptop.training",
+            {"schedule": "warmup_stable_decay", "cooldown_fraction": 1e-4, "steps": 1000},
+            ["cooldown_fraction = 0.0001 of 1,000 steps is less than one", "0.001 or more"],
         ),
         ("experiments.gpt2.laptop.training.warmup_steps", 5000, ["warmup_steps = 5,000", "beyond"]),
         (

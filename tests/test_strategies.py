@@ -57,11 +57,14 @@ def runs(tmp_path_factory) -> Path:
         }
 
     one = [job(f"1-ddp-{o}", "ddp", training={"optimizer": o}) for o in OPTIMIZERS]
+    draws = {"shape": {"dropout": 0.1}, "training": {"document_masking": True}}
+    one.append(job("1-ddp-draws", "ddp", **draws))
     # Stopped on one rank at step 20, then on two ranks of each strategy at 30 to 40, then on one.
     one += [job(f"resharded-{o}", "ddp", training={"optimizer": o}, stop_at=20) for o in OPTIMIZERS]
     for each in one:
         work(each, Group())
     two = [job(f"2-{s}-{o}", s, training={"optimizer": o}) for s in STRATEGIES for o in OPTIMIZERS]
+    two += [job(f"2-{s}-draws", s, **draws) for s in STRATEGIES]
     two += [
         job(f"resharded-{o}", s, training={"optimizer": o}, stop_at=step)
         for o in OPTIMIZERS
@@ -97,6 +100,15 @@ def test_two_ranks_of_every_strategy_train_as_one(runs, strategy, optimizer):
         )
         for key in first:
             torch.testing.assert_close(second[key], first[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dropout_and_masks_are_on_again_after_a_validation(runs, strategy):
+    """Validation turns them off, at step 25 too; what wraps a model does not know of it."""
+    one, two = (losses(runs / f"{n}-draws") for n in ("1-ddp", f"2-{strategy}"))
+    assert two == pytest.approx(one, rel=1e-5)
+    plain = losses(runs / "1-ddp-adamw")
+    assert all(abs(a - b) > 1e-4 for a, b in zip(one[:50], plain[:50], strict=True))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -280,7 +280,12 @@ def with_model(**model):
 @pytest.mark.parametrize(
     ("settings", "execution", "said"),
     [
-        (with_model(context=4096), {}, "batch_tokens must be a multiple of model.context"),
+        (
+            with_model(context=4096),
+            {},
+            "training.batch_tokens = 64 is not a multiple of model.context = 4,096.\n"
+            "  nearest that fit: 4,096 and 8,192",
+        ),
         (
             {**with_model(context=4096), "training": {"batch_tokens": 4096}},
             {"ranks": 1},

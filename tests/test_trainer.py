@@ -164,6 +164,29 @@ def test_best_weights_are_those_of_the_lowest_validation_loss(manifest, tmp_path
     assert metrics(out, "end")[0]["best_step"] == 8
 
 
+@pytest.mark.parametrize("damage", ["flipped byte", "truncated", "gone"])
+def test_damaged_best_weights_are_never_handed_on(manifest, tmp_path, monkeypatch, capsys, damage):
+    """The best from there on are; the run itself is not lost."""
+    first = trainer(tmp_path / "state", manifest)
+    monkeypatch.setattr(first, "_agreed", lambda came, due: (first.step == 7, due))
+    with pytest.raises(Interrupted):
+        first.run(tmp_path)
+    best = tmp_path / "state" / "best_000000005.safetensors"
+    content = bytearray(best.read_bytes())
+    content[-1] ^= 1
+    if damage == "gone":
+        best.unlink()
+    else:
+        best.write_bytes(content[:-1] if damage == "truncated" else content)
+    again = trainer(tmp_path / "state", manifest)
+    monkeypatch.setattr(again.updates, "validate", lambda beat: 9.0 + again.step)
+    again.run(tmp_path)
+    assert "the best weights, of step 5, are damaged (" in capsys.readouterr().err
+    [end] = metrics(tmp_path, "end")
+    assert (end["best_step"], end["best_loss"]) == (10, 19.0)
+    assert (tmp_path / "best.safetensors").stat().st_size == len(content)
+
+
 def test_a_diverging_loss_stops_with_advice(manifest, tmp_path):
     with pytest.raises(UserError, match=r"diverged(.|\n)*learning_rate"):
         trainer(

@@ -123,6 +123,7 @@ def test_what_was_being_written_when_the_run_was_killed_is_not_taken_for_a_state
     save(states(tmp_path), 1)
     (tmp_path / ".state_000000002").mkdir()
     (tmp_path / ".state_000000002" / "__0_0.distcp").write_bytes(b"half")
+    (tmp_path / ".best_000000002.safetensors.4711").write_bytes(b"half of the best weights")
     assert loaded(states(tmp_path)) == 1.0
     assert names(tmp_path) == ["state_000000001"]
 

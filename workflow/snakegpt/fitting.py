@@ -9,6 +9,20 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+# Of torch's allocators of a CPU and of Apple's GPUs, of CUDA itself, and of its libraries' workspaces.
+NO_ROOM = (
+    "can't allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def no_room(error: RuntimeError) -> bool:
+    """Whether an error means that a device has no memory left, which torch says in several ways."""
+    named = isinstance(error, torch.OutOfMemoryError)
+    return named or any(words in str(error) for words in NO_ROOM)
+
 
 def largest_that_fits(
     peak_bytes: Callable[[int], int],
@@ -23,7 +37,7 @@ def largest_that_fits(
     after one that runs out of memory it is at most half of it. Few trials, since a compiled model is
     compiled anew for each, and torch gives up compiling after eight sizes (`recompile_limit`).
 
-    peak_bytes   tries a size and returns the most memory held; raises torch.OutOfMemoryError
+    peak_bytes   tries a size and returns the most memory held; raises what `no_room` knows
     sizes        ascending
     guess        what is tried first, or the size below it
     fixed_bytes  held whatever the size
@@ -33,7 +47,9 @@ def largest_that_fits(
     while True:
         try:
             peak = peak_bytes(rows)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not no_room(error):
+                raise
             too_large = rows
         else:
             per_row = max(1.0, (peak - fixed_bytes) / rows)
@@ -73,9 +89,9 @@ def why_it_does_not_compile(attempt: Callable[[], object]) -> str | None:
     """
     try:
         attempt()
-    except torch.OutOfMemoryError:
-        return None  # of the batch, not of the compiler: the loop has a way out
     except Exception as error:
+        if isinstance(error, RuntimeError) and no_room(error):
+            return None  # of the batch, not of the compiler: the loop has a way out
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"{type(error).__name__}: {lines[0] if lines else ''}"
     return None

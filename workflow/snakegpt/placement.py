@@ -34,6 +34,22 @@ def shape_of(model: Model, n_vocab: int) -> Shape:
     )
 
 
+def rows_of_a_step(model: Model, training: Training) -> int:
+    """Windows of one optimiser step, over all ranks.
+
+    raises   UserError if `batch_tokens` is no whole number of them
+    """
+    rows, rest = divmod(training.batch_tokens, model.context)
+    if rest or not rows:
+        raise UserError(
+            f"training.batch_tokens = {training.batch_tokens:,} is not a multiple of"
+            f" model.context = {model.context:,}.\n"
+            f"  nearest that fit: {max(rows, 1) * model.context:,} and"
+            f" {(max(rows, 1) + 1) * model.context:,}; or change model.context"
+        )
+    return rows
+
+
 def in_one_order(execution: Execution, rows: int) -> Execution:
     """What `deterministic` means for the other execution settings; without it they stay as they are.
 

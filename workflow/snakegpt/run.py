@@ -146,7 +146,9 @@ def _run_stage(
             lease.check()
         if status:
             _explain_failure(label, status)
-            raise SystemExit(status if status in (USER_ERROR, RETRY) else 1)
+            # A stage that starts, or compiles, has nothing to save and leaves such a signal to the system.
+            asked = -status in (signal.SIGTERM, signal.SIGUSR1)
+            raise SystemExit(RETRY if asked else status if status in (USER_ERROR, RETRY) else 1)
         lease.check()
         outputs = store.publish(out, read_notes(notes))
     if not outputs:

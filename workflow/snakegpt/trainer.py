@@ -301,7 +301,7 @@ class Trainer:
         strategy.take(room)
         judge.resume(saved.note["in_a_row"])
         self._continue_with(saved.note)
-        self.best_step = saved.note["best_step"]
+        self.best_step = saved.note["best_step"] if self.states.best_is_whole(saved) else 0
         self.best_loss = math.inf if not self.best_step else saved.note["best_loss"]
         self.busy_s = saved.note["busy_s"]
         if self.group.leads:

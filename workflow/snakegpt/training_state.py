@@ -4,6 +4,7 @@
         __<rank>_0.distcp    tensors, by torch.distributed.checkpoint: each rank writes what it holds
         .metadata            where in them each tensor's parts are
         note.json            the step and the other numbers, whose run it is, sha256 and size of each file
+                             and of the best weights
     best_<step>.safetensors  the best weights that a state speaks of
     metrics.jsonl            see `Metrics`
 
@@ -92,7 +93,7 @@ class StateFolder:
         self._stager: Any = None
         if group.leads:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(".state_*"):  # what was being written when the run was killed
+            for left in folder.glob(".*"):  # what was being written when the run was killed
                 remove(left)
 
     @property
@@ -159,11 +160,10 @@ class StateFolder:
 
     def _give_name(self, aside: Path, final: Path, note: Mapping[str, Any]) -> None:
         """Note what a state's files hold and let it be one."""
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-            for file in sorted(aside.iterdir())
-        }
-        _write_note(aside, {**note, "run": self.run, "files": files})
+        files = {file.name: _pin(file) for file in sorted(aside.iterdir())}
+        best = self.best_weights(note["best_step"])
+        pinned = {"best": _pin(best)} if best.exists() else {}
+        _write_note(aside, {**note, **pinned, "run": self.run, "files": files})
         sync(aside)
         if self.metrics.exists():  # its lines up to this step, which no later run writes again
             sync(self.metrics)
@@ -223,6 +223,21 @@ class StateFolder:
             if damage is not None:
                 say(f"{self.label}  {state.name} is damaged ({damage}): trying the one before it")
         return None
+
+    def best_is_whole(self, saved: Saved) -> bool:
+        """Whether the best weights that a state speaks of are there as they were, or it has none.
+
+        All ranks ask. If not, that is said: training is not lost for it, and finds others.
+        """
+        damage = None
+        if self.group.leads and (step := saved.note["best_step"]):
+            damage = _damage_of(self.best_weights(step), saved.note.get("best"))
+            if damage:
+                say(
+                    f"{self.label}  the best weights, of step {step:,}, are damaged ({damage}):"
+                    " the best from here on count"
+                )
+        return not int(self.group.sum(torch.tensor(int(damage is not None))))
 
     def load(self, saved: Saved, room: dict[str, Tensor]) -> None:
         """Fill tensors, by name, from a state; each rank what it made room for."""
@@ -307,16 +322,24 @@ def _damage(state: Path) -> str | None:
     note = _note(state)
     if not {"step", "run", "files"} <= note.keys():
         return f"{NOTE} is not readable"
-    for name, pin in note["files"].items():
-        file = state / name
-        try:
-            size = file.stat().st_size
-            if size != pin["bytes"]:
-                return f"{name} has {size:,} bytes instead of {pin['bytes']:,}"
-            if file_digest(file) != pin["sha256"]:
-                return f"the sha256 of {name} is not the one noted"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+    damages = (_damage_of(state / name, pin) for name, pin in note["files"].items())
+    return next(filter(None, damages), None)
+
+
+def _pin(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+
+
+def _damage_of(file: Path, pin: Mapping[str, Any] | None) -> str | None:
+    """In what a file is not as it was noted; None if it is, or if only its name was."""
+    try:
+        size = file.stat().st_size
+        if pin and size != pin["bytes"]:
+            return f"{file.name} has {size:,} bytes instead of {pin['bytes']:,}"
+        if pin and file_digest(file) != pin["sha256"]:
+            return f"the sha256 of {file.name} is not the one noted"
+    except OSError as error:
+        return f"{file.name}: {error.strerror}"
     return None
 
 

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from snakegpt.batches import TokenStream, documents_in, sequential_batches
 from snakegpt.distributed import Group, Strategy, gpu_micro_batches
 from snakegpt.errors import UserError
-from snakegpt.fitting import compute_twice, largest_that_fits, smaller, why_it_does_not_compile
+from snakegpt.fitting import (
+    compute_twice,
+    largest_that_fits,
+    no_room,
+    smaller,
+    why_it_does_not_compile,
+)
 from snakegpt.losses import LossKernel, mean_loss, mean_loss_of_compiled
 from snakegpt.model import GPT, AttentionKernel, Shape, initialise, n_parameters
 from snakegpt.optimizer import schedule_of, set_learning_rate
@@ -181,14 +187,17 @@ class Updates:
         """Compute the gradients of a step; False if memory ended. What was held is free again then."""
         try:
             self._gradients(place)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not no_room(error):
+                raise
             return False
         return True
 
     def _gradients(self, place: int) -> None:
         """Gradients of the mean loss of a step, summed over micro-batches and ranks."""
-        if not self.strategy.network.training:
-            self.strategy.network.train()
+        # Of the model: what ddp wraps around it has a flag of its own, which validation leaves alone.
+        if not self.model.training:
+            self.model.train()
         counts = self.strategy.begin(self.accumulation)
         self._losses_of_step = []
         for index in range(self.accumulation):

@@ -21,7 +21,9 @@ class Closed(BaseModel):
     `CHOICES` says which, and their defaults: choosing field -> its value -> field -> default.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
     CHOICES: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
 
     @model_validator(mode="before")

@@ -194,6 +194,12 @@ def _conflicts_of(settings: Settings, name: str) -> list[str]:
             f" {training.steps:,} steps. Set spike_window to a tenth of the steps or so."
         )
     end = training.decay_end
+    cooldown = training.cooldown_fraction
+    if training.schedule == "warmup_stable_decay" and cooldown and round(cooldown * end) < 1:
+        problems.append(
+            f"{where}.training.cooldown_fraction = {cooldown:g} of {end:,} steps is less than one step:"
+            f" set it to {1 / end:.2g} or more, or schedule to another one."
+        )
     if training.warmup_steps > end:
         problems.append(
             f"{where}.training.warmup_steps = {training.warmup_steps:,} is beyond the end of the"

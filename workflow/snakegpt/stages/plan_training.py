@@ -28,7 +28,14 @@ from snakegpt.metrics import require_writers
 from snakegpt.model import Shape, flops_per_token, n_parameters
 from snakegpt.nodes import choose_ranks_per_node
 from snakegpt.outcomes import reporting_outcome
-from snakegpt.placement import choose_passes, in_one_order, shape_of, shares, threads_of_rank
+from snakegpt.placement import (
+    choose_passes,
+    in_one_order,
+    rows_of_a_step,
+    shape_of,
+    shares,
+    threads_of_rank,
+)
 from snakegpt.progress import quantity, say
 from snakegpt.settings import Execution, Model, Training, Validation, model_problems
 from snakegpt.updates import Launch
@@ -67,7 +74,7 @@ def plan_training(
     require_writers(execution.tensorboard, execution.wandb)
     described = read_json(tokenizer, "n_vocab", "kind")
     shape = shape_of(model, described["n_vocab"])
-    rows = _rows_of_a_step(model, training)
+    rows = rows_of_a_step(model, training)
     execution = in_one_order(execution, rows)
     placement = _place(training, execution, shape, rows, threads)
     disk, available = shutil.disk_usage(out), _available_memory(placement.device)
@@ -88,8 +95,12 @@ def plan_training(
             say(f"{label}  {why_not}")
     if calibrates and placement.ranks > 1 and not distributed.is_rank():
         module = "snakegpt.stages.plan_training"
-        launching.launch(module, arguments, ranks=placement.ranks, threads=threads)
-        return
+        try:
+            launching.launch(module, arguments, ranks=placement.ranks, threads=threads)
+            return
+        except SystemExit as failure:  # a rank had too little memory, say; training has ways out
+            say(f"{failure}\n{label}  plans without the steps that were tried: they failed")
+            calibrates = False
     if placement.device == "cpu":
         distributed.keep_freed_memory()
     with distributed.joined(placement.device) as group:
@@ -123,17 +134,6 @@ def plan_training(
         if measured is not None:
             write_json(out / "calibration.json", measured)
         write_json(out / "plan.json", plan)
-
-
-def _rows_of_a_step(model: Model, training: Training) -> int:
-    rows, rest = divmod(training.batch_tokens, model.context)
-    if rest or not rows:
-        raise UserError(
-            f"training.batch_tokens = {training.batch_tokens:,} is not a multiple of"
-            f" model.context = {model.context:,}; nearest that fit: {max(rows, 1) * model.context:,}"
-            f" and {(max(rows, 1) + 1) * model.context:,}"
-        )
-    return rows
 
 
 def _place(

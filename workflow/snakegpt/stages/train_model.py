@@ -37,7 +37,14 @@ from snakegpt.network.interfaces import require_known
 from snakegpt.network.meeting import Meeting, told_to_all
 from snakegpt.nodes import choose_ranks_per_node, on_every_node, place_of
 from snakegpt.outcomes import reporting_outcome
-from snakegpt.placement import choose_passes, in_one_order, shape_of, shares, threads_of_rank
+from snakegpt.placement import (
+    choose_passes,
+    in_one_order,
+    rows_of_a_step,
+    shape_of,
+    shares,
+    threads_of_rank,
+)
 from snakegpt.settings import Execution, Model, Training, model_problems, science
 from snakegpt.starting import Start, adapted
 from snakegpt.tokens import open_sets, read_manifest
@@ -88,9 +95,7 @@ def train_model(
     manifest = read_manifest(tokens)
     vocabulary = manifest["tokenizer"]["n_vocab"]
     shape = shape_of(model, vocabulary)
-    rows = training.batch_tokens // model.context
-    if rows * model.context != training.batch_tokens:
-        raise UserError("training.batch_tokens must be a multiple of model.context.")
+    rows = rows_of_a_step(model, training)
     device = distributed.choose_device(execution.device)
     place = place_of(os.environ)
     if execution.nodes > 1 and place is None and not distributed.is_rank():
@@ -114,7 +119,10 @@ def train_model(
     distributed.require_divisor(ranks, divisible)
     train, validation = (open_sets(tokens, manifest, split) for split in ("train", "val"))
     if any(len(part.stream) < 2 for part in validation):
-        raise UserError(f"the validation split of {tokens} has no token to predict.")
+        raise UserError(
+            f"the validation split of {tokens} has no token to predict: 2 are the least.\n"
+            "  raise the corpus's validation.fraction, or take a larger corpus"
+        )
     fingerprint = manifest["tokenizer"]["fingerprint"]
     before: Finished | Start | None = None
     if continued:
