@@ -55,7 +55,7 @@ from snakegpt.watchdog import Watchdog
 
 MODULE = "snakegpt.stages.train_model"
 # Bump when trainer.py or this file changes what is trained; tests/test_trainer.py tells.
-REVISION = 2
+REVISION = 3
 SCIENCE = (
     "snakegpt.model",
     "snakegpt.activations",
