@@ -249,7 +249,7 @@ def in_a_file(given):
 def batches(corpus):
     """The parts of a corpus, neighbours together, in as many batches as there may be jobs."""
     parts = list(PIPELINE.parts(corpus))
-    n = min(ENCODE_JOBS, len(parts)) if ENCODE_JOBS else len(parts)
+    n = min(ENCODE_JOBS or len(parts), len(parts))
     bounds = [len(parts) * k // n for k in range(n + 1)]
     return [parts[begin:end] for begin, end in zip(bounds, bounds[1:])]
 
@@ -262,7 +262,7 @@ def batch_of_part(corpus):
 def requests_of_batch(wildcards):
     names = {"corpus": wildcards.corpus, "tokenizer": wildcards.tokenizer}
     return [
-        user_error_as_workflow_error(PIPELINE.request, "encode_tokens", {**names, "part": part})
+        request_of("encode_tokens", {**names, "part": part})
         for part in batches(wildcards.corpus)[int(wildcards.batch)]
     ]
 

@@ -24,9 +24,8 @@ from snakegpt.network.meeting import Meeting
 from snakegpt.nodes import MEASURING_PORT, RENDEZVOUS
 
 ROUND_TRIPS = 300
-UDP_ATTEMPTS = (
-    3  # iperf3 sends its first datagram once, and a wire that loses some may lose that one
-)
+# iperf3 sends its first datagram once, and a wire that loses some may lose that one.
+UDP_ATTEMPTS = 3
 STREAMS = 4  # of the test that shows whether one stream fills the wire
 ALL_PAIRS_UP_TO = 8  # nodes; a ring of pairs beyond, whose time does not grow with their number
 IP_MTU = 14  # <linux/in.h>; Python's socket module does not name it
